@@ -1,0 +1,61 @@
+"""What every file format is read into: factors by target, embeddings by token, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor
+
+from lora_pipeline.adapters.lora import LoraFactors
+from lora_pipeline.adapters.targets import is_target
+from lora_pipeline.errors import CorruptError
+
+Json: TypeAlias = "str | int | float | bool | None | Sequence[Json] | Mapping[str, Json]"
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Everything one file changes in a base.
+
+    Args:
+        factors: By target name (see `targets`).
+        embeddings: By placeholder token, each (vectors, dim).
+        provenance: Where it comes from. `base` is the fingerprint of the base it was made for, `parents` what it was
+            made of; the rest is free.
+
+    Raises:
+        CorruptError: A name that is no target, or an embedding that is not (vectors, dim).
+    """
+
+    factors: Mapping[str, LoraFactors]
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Mapping[str, Json] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.factors:
+            if not is_target(name):
+                fix = "use names like unet.mid_block... or text_encoder.text_model.encoder..."
+                raise CorruptError(name, "is not the name of a layer of a UNet or a CLIP text encoder", fix)
+        for token, rows in self.embeddings.items():
+            if rows.ndim != 2 or rows.numel() == 0 or not token or token != token.strip():
+                problem = f"an embedding of shape {tuple(rows.shape)} for token {token!r}"
+                raise CorruptError(token, problem, "use (vectors, dim) rows under a token without outer blanks")
+
+
+def check_base(where: str, adapter: Adapter, base: str) -> None:
+    """Refuses an adapter made for another base; one that does not say is let through.
+
+    Args:
+        where: The file to name in the error.
+        adapter: What is to be used.
+        base: The fingerprint of the base it is to be used with.
+
+    Raises:
+        CorruptError: The fingerprints differ.
+    """
+    made_for = adapter.provenance.get("base", base)
+    if made_for != base:
+        problem = f"was made for base {str(made_for)[:12]}, this base is {base[:12]}"
+        raise CorruptError(where, problem, "give the base it was trained on, or train it again on this one")

@@ -1,0 +1,93 @@
+"""One low-rank change of one layer: W' = W + (alpha / rank) · up · down (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_pipeline.errors import CorruptError
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """The factors of a layer's change.
+
+    A layer with groups shares `down` between them: each group's inputs pass through the same `down`, and each output
+    channel has its own row of `up`. That is the reading under which `up · down` has the shape of the layer's weight.
+
+    Args:
+        down: (rank, in / groups) for a linear layer, (rank, in / groups, height, width) for a convolution.
+        up: (out, rank) for a linear layer, (out, rank, 1, 1) for a convolution.
+        alpha: Any finite number; the change is multiplied by alpha / rank.
+
+    Raises:
+        CorruptError: The shapes do not belong together, or alpha is not finite.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    def __post_init__(self) -> None:
+        down, up = tuple(self.down.shape), tuple(self.up.shape)
+        fits = len(down) in (2, 4) and len(up) == len(down) and up[1] == down[0] > 0 and set(up[2:]) <= {1}
+        if not fits:
+            problem = f"down {down} and up {up} do not belong together"
+            raise CorruptError("factors", problem, "use a file with (rank, in) and (out, rank) factors of one rank")
+        if not math.isfinite(self.alpha):
+            raise CorruptError("factors", f"alpha is {self.alpha}", "use a finite alpha")
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """The change of the weight: float32, (out, in / groups[, height, width])."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return (product * self.scale).reshape(self.up.shape[0], *self.down.shape[1:])
+
+    def scaled(self, weight: float) -> LoraFactors:
+        """The same factors with a change `weight` times as large; any sign, no rounding of the factors."""
+        return replace(self, alpha=self.alpha * weight)
+
+
+def check_fits(where: str, factors: LoraFactors, weight: tuple[int, ...]) -> None:
+    """Refuses factors whose change is not of the shape of a layer's weight.
+
+    Raises:
+        CorruptError: The adapter was made for another architecture.
+    """
+    change = (factors.up.shape[0], *factors.down.shape[1:])
+    if change != weight:
+        problem = f"changes a weight of shape {change}, the base's is {weight}"
+        raise CorruptError(where, problem, "use the base this adapter was trained on")
+
+
+def concatenated(parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
+    """Σ weight · delta as one pair of factors: no cross terms, nothing approximated.
+
+    Args:
+        parts: Factors of one layer, with their weights; any ranks, alphas and signs.
+
+    Returns:
+        Factors of the ranks' sum, with alpha = rank; the only part itself when there is one.
+
+    Raises:
+        CorruptError: The parts change weights of different shapes.
+    """
+    if len(parts) == 1:
+        factors, weight = parts[0]
+        return factors.scaled(weight)
+    first = parts[0][0]
+    for factors, _ in parts[1:]:
+        check_fits("factors", factors, (first.up.shape[0], *first.down.shape[1:]))
+    down = torch.cat([factors.down.float() for factors, _ in parts])
+    up = torch.cat([factors.up.float() * (weight * factors.scale) for factors, weight in parts], dim=1)
+    return LoraFactors(down, up, alpha=float(down.shape[0]))

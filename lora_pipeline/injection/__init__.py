@@ -1,0 +1,1 @@
+"""Adapters inside live modules: injected layers and placeholder tokens."""

@@ -1,0 +1,201 @@
+"""Adapters into a live model, out of it, and folded into its weights.
+
+`prefix` is `unet` or `text_encoder`; targets are full target names (see `adapters.targets`), whether or not the live
+text encoder has a `text_model` level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.lora import LoraFactors, check_fits
+from lora_pipeline.adapters.targets import root, target_of
+from lora_pipeline.errors import CorruptError, ParamsError
+from lora_pipeline.injection.layers import InjectedLayer, LoraBranch, LoraInjectedConv2d, LoraInjectedLinear
+
+Weights = Mapping[str, float] | Callable[[str, str], float]
+
+
+def select_targets(model: nn.Module, prefix: str, globs: Sequence[str]) -> list[str]:
+    """The linear layers and convolutions whose path matches a glob.
+
+    Args:
+        model: A UNet or a text encoder.
+        prefix: `unet` or `text_encoder`.
+        globs: Over module paths below `unet.` or `text_encoder.text_model.`; `*` crosses dots.
+
+    Returns:
+        Target names, in the model's order.
+
+    Raises:
+        ParamsError: A glob that matches nothing.
+    """
+    targets = list(_layers(model, prefix))
+    start = len(root(prefix))
+    for glob in globs:
+        if not any(fnmatchcase(target[start:], glob) for target in targets):
+            example = targets[len(targets) // 2][start:] if targets else "none"
+            raise ParamsError(f"{prefix}_targets", f"{glob!r} matches no layer", f"use names like {example!r}")
+    return [target for target in targets if any(fnmatchcase(target[start:], glob) for glob in globs)]
+
+
+def inject_new(
+    model: nn.Module,
+    prefix: str,
+    targets: Sequence[str],
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    generator: torch.Generator,
+) -> None:
+    """Adds trainable branches that change nothing yet: down is Kaiming uniform, up is zero.
+
+    The bound of down is 1 / sqrt(fan in), as in the reference code of arXiv:2106.09685 (kaiming_uniform_ with a = sqrt 5).
+
+    Raises:
+        ParamsError: The rank is below 1 or above what a layer can have.
+    """
+    layers = _layers(model, prefix)
+    for target in targets:
+        shape = _base(layers[target]).weight.shape
+        largest = min(shape[0], math.prod(shape[1:]))
+        if not 1 <= rank <= largest:
+            raise ParamsError("rank", f"{rank} does not fit {target}", f"use a rank between 1 and {largest}")
+    for target in targets:
+        weight = _base(layers[target]).weight
+        bound = 1.0 / math.sqrt(math.prod(weight.shape[1:]))
+        down = torch.rand(rank, *weight.shape[1:], generator=generator, device=generator.device) * (2 * bound) - bound
+        up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
+        weight.requires_grad_(False)
+        factors = LoraFactors(down.to(weight.device), up.to(weight.device), alpha)
+        _add_branch(model, prefix, target, name, LoraBranch(factors, trainable=True))
+
+
+def inject_adapter(model: nn.Module, prefix: str, adapter: Adapter, name: str) -> None:
+    """Adds an adapter's branches for this model, frozen; its factors for the other model are passed over.
+
+    Raises:
+        CorruptError: A target the model does not have, or factors of another shape. The model is unchanged then.
+    """
+    layers = _layers(model, prefix)
+    mine = {target: factors for target, factors in adapter.factors.items() if target.startswith(root(prefix))}
+    for target, factors in mine.items():
+        if target not in layers:
+            raise CorruptError(target, "is no layer of this base", "use the base this adapter was trained on")
+        check_fits(target, _shaped(factors, _base(layers[target])), tuple(_base(layers[target]).weight.shape))
+    for target, factors in mine.items():
+        base = _base(layers[target])
+        branch = LoraBranch(_shaped(factors, base), trainable=False).to(base.weight.device)
+        _add_branch(model, prefix, target, name, branch)
+
+
+def set_weights(model: nn.Module, weights: Weights) -> None:
+    """Sets the branches' run-time multipliers.
+
+    Args:
+        model: A model with injected layers.
+        weights: By adapter name (adapters it does not name keep theirs), or a function of target and adapter name.
+    """
+    for layer in injected_layers(model):
+        for name, branch in layer.branches.items():
+            branch.weight = weights(layer.target, name) if callable(weights) else weights.get(name, branch.weight)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable factors, by `<target>.<adapter name>.down` and `.up`."""
+    return {
+        f"{layer.target}.{name}.{side}": parameter
+        for layer in injected_layers(model)
+        for name, branch in layer.branches.items()
+        for side, parameter in (("down", branch.down), ("up", branch.up))
+        if parameter.requires_grad
+    }
+
+
+def collect(model: nn.Module, prefix: str, name: str) -> dict[str, LoraFactors]:
+    """Copies of one adapter's factors by target; run-time weights are not part of them."""
+    return {
+        layer.target: layer.branches[name].factors()
+        for layer in injected_layers(model)
+        if layer.target.startswith(root(prefix)) and name in layer.branches
+    }
+
+
+def collapse(model: nn.Module) -> None:
+    """Folds all branches, at their weights, into the base weights, and takes them away.
+
+    The sum is made in float32 and rounded once to the layer's dtype.
+    """
+    for layer in list(injected_layers(model)):
+        weight = layer.base.weight
+        change = torch.zeros(weight.shape, device=weight.device)
+        for branch in layer.branches.values():
+            change += branch.factors().scaled(branch.weight).delta()
+        with torch.no_grad():
+            weight.copy_(weight.float() + change)
+    remove(model)
+
+
+def remove(model: nn.Module) -> None:
+    """Puts the original layers back: the same objects, untouched."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoraInjectedLinear | LoraInjectedConv2d):
+            model.set_submodule(path, module.base)
+
+
+def injected_layers(model: nn.Module) -> Iterator[InjectedLayer]:
+    """The injected layers, in the model's order."""
+    return (module for module in model.modules() if isinstance(module, LoraInjectedLinear | LoraInjectedConv2d))
+
+
+def _layers(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """Every layer that can take a branch, or has one, by target name."""
+    wrapped = tuple(path + "." for path, module in model.named_modules() if _is_injected(module))
+    return {
+        target_of(prefix, path): module
+        for path, module in model.named_modules()
+        if _is_injected(module) or (isinstance(module, nn.Linear | nn.Conv2d) and not path.startswith(wrapped))
+    }
+
+
+def _is_injected(module: nn.Module) -> bool:
+    return isinstance(module, LoraInjectedLinear | LoraInjectedConv2d)
+
+
+def _base(module: nn.Module) -> nn.Linear | nn.Conv2d:
+    base = module.base if isinstance(module, LoraInjectedLinear | LoraInjectedConv2d) else module
+    assert isinstance(base, nn.Linear | nn.Conv2d)
+    return base
+
+
+def _shaped(factors: LoraFactors, base: nn.Linear | nn.Conv2d) -> LoraFactors:
+    """A linear layer and a 1 x 1 convolution are the same map; published files mix them."""
+    if factors.down.ndim == base.weight.ndim or factors.down.shape[2:].numel() != 1:
+        return factors
+    tail = (1, 1) if base.weight.ndim == 4 else ()
+    return LoraFactors(_reshaped(factors.down, tail), _reshaped(factors.up, tail), factors.alpha)
+
+
+def _reshaped(tensor: Tensor, tail: tuple[int, ...]) -> Tensor:
+    return tensor.reshape(*tensor.shape[:2], *tail)
+
+
+def _add_branch(model: nn.Module, prefix: str, target: str, name: str, branch: LoraBranch) -> None:
+    path, module = next(
+        (path, module) for path, module in model.named_modules() if path and target_of(prefix, path) == target
+    )
+    if not isinstance(module, LoraInjectedLinear | LoraInjectedConv2d):
+        wrapper = LoraInjectedLinear if isinstance(module, nn.Linear) else LoraInjectedConv2d
+        module = wrapper(module, target).train(module.training)  # type: ignore[arg-type]  # _layers gives only these
+        model.set_submodule(path, module)
+    if name in module.names:
+        raise ParamsError(name, f"is already injected in {target}", "give each adapter its own name")
+    module.names.append(name)
+    module.stack.append(branch)
