@@ -12,7 +12,7 @@ from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.targets import is_target
 from lora_pipeline.errors import CorruptError
 
-Json: TypeAlias = "str | int | float | bool | None | Sequence[Json] | Mapping[str, Json]"
+Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 
 
 @dataclass(frozen=True, eq=False)

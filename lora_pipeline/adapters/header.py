@@ -1,7 +1,7 @@
 """The header of a safetensors file, read without torch and trusted in nothing.
 
 Layout: a little-endian u64 (the header's length), that many bytes of JSON, then the tensors' bytes
-(https://github.com/huggingface/safetensors, section Format). On top of what that library checks, duplicate JSON keys are refused.
+(https://github.com/huggingface/safetensors, section Format). That library lets duplicate JSON keys pass; this does not.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _metadata(path: Path, metadata: Any) -> dict[str, str]:  # noqa: ANN401 (unchecked JSON)
+def _metadata(path: Path, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptError(str(path), "its metadata is not text by text", _FIX)
     return metadata
 
 
-def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:  # noqa: ANN401 (unchecked JSON)
+def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     where = f"{path}: {name}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CorruptError(where, "its entry needs exactly dtype, shape and data_offsets", _FIX)
@@ -131,7 +131,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:  
     return TensorEntry(dtype, tuple(shape), data_start + start, data_start + stop)
 
 
-def _counts(numbers: Any) -> bool:  # noqa: ANN401 (unchecked JSON)
+def _counts(numbers: Any) -> bool:
     return isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
 
 

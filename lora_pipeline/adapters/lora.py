@@ -1,4 +1,4 @@
-"""One low-rank change of one layer: W' = W + (alpha / rank) · up · down (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
+"""One low-rank change of one layer: W' = W + (alpha / rank) · up · down (Hu et al. 2021, arXiv:2106.09685)."""
 
 from __future__ import annotations
 
@@ -57,17 +57,32 @@ class LoraFactors:
         """The same factors with a change `weight` times as large; any sign, no rounding of the factors."""
         return replace(self, alpha=self.alpha * weight)
 
+    def shaped(self, dimensions: int) -> LoraFactors:
+        """For a weight of 2 or 4 dimensions: files mix linear layers and 1 x 1 convolutions, which are the same map."""
+        if self.down.ndim == dimensions or self.down.shape[2:].numel() != 1:
+            return self
+        tail = [1] * (dimensions - 2)
+        down = self.down.reshape(*self.down.shape[:2], *tail)
+        return replace(self, down=down, up=self.up.reshape(*self.up.shape[:2], *tail))
 
-def check_fits(where: str, factors: LoraFactors, weight: tuple[int, ...]) -> None:
-    """Refuses factors whose change is not of the shape of a layer's weight.
+
+def fitted(where: str, factors: LoraFactors, weight: tuple[int, ...]) -> LoraFactors:
+    """The factors, shaped for a weight.
+
+    Args:
+        where: The target, for the error.
+        factors: Any factors.
+        weight: The shape of the layer's weight.
 
     Raises:
-        CorruptError: The adapter was made for another architecture.
+        CorruptError: Their change has another shape: they were made for another architecture.
     """
-    change = (factors.up.shape[0], *factors.down.shape[1:])
+    shaped = factors.shaped(len(weight))
+    change = (shaped.up.shape[0], *shaped.down.shape[1:])
     if change != weight:
         problem = f"changes a weight of shape {change}, the base's is {weight}"
         raise CorruptError(where, problem, "use the base this adapter was trained on")
+    return shaped
 
 
 def concatenated(parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
@@ -86,8 +101,8 @@ def concatenated(parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
         factors, weight = parts[0]
         return factors.scaled(weight)
     first = parts[0][0]
-    for factors, _ in parts[1:]:
-        check_fits("factors", factors, (first.up.shape[0], *first.down.shape[1:]))
+    shape = (first.up.shape[0], *first.down.shape[1:])
+    parts = [(fitted("factors", factors, shape), weight) for factors, weight in parts]
     down = torch.cat([factors.down.float() for factors, _ in parts])
     up = torch.cat([factors.up.float() * (weight * factors.scale) for factors, weight in parts], dim=1)
     return LoraFactors(down, up, alpha=float(down.shape[0]))

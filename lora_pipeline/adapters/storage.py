@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lora_pipeline.adapters.header import BYTES_PER_ELEMENT, Header, TensorEntry, read_header
+from lora_pipeline.adapters.header import BYTES_PER_ELEMENT, TensorEntry, read_header
 from lora_pipeline.errors import CorruptError, MissingError, ResourceError
 
 DTYPES = {
@@ -110,24 +110,31 @@ def _header_bytes(
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[BinaryIO]:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def disk_errors(path: Path) -> Iterator[None]:
+    """Says clearly what went wrong while something was written.
+
+    Raises:
+        ResourceError: No space left.
+        MissingError: The place cannot be written to.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        yield
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise ResourceError(str(path), "no space left on the disk", "free some space and run again") from error
         raise MissingError(str(path), f"cannot be written: {error.strerror}", "give a path you may write to") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-__all__ = [
-    "DTYPES", "DTYPE_NAMES", "Header", "read_header", "read_tensor", "read_tensors",
-    "stream_tensors", "tensor_bytes", "write_tensors",
-]  # fmt: skip
+@contextmanager
+def _written_whole(path: Path) -> Iterator[BinaryIO]:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.lora import LoraFactors, check_fits
+from lora_pipeline.adapters.lora import LoraFactors, fitted
 from lora_pipeline.adapters.targets import root, target_of
 from lora_pipeline.errors import CorruptError, ParamsError
 from lora_pipeline.injection.layers import InjectedLayer, LoraBranch, LoraInjectedConv2d, LoraInjectedLinear
@@ -57,25 +57,25 @@ def inject_new(
 ) -> None:
     """Adds trainable branches that change nothing yet: down is Kaiming uniform, up is zero.
 
-    The bound of down is 1 / sqrt(fan in), as in the reference code of arXiv:2106.09685 (kaiming_uniform_ with a = sqrt 5).
+    The bound of down is 1 / sqrt(fan in), as in the code of arXiv:2106.09685 (kaiming_uniform_ with a = sqrt 5).
 
     Raises:
         ParamsError: The rank is below 1 or above what a layer can have.
     """
+    _refuse_taken_name(model, name)
     layers = _layers(model, prefix)
     for target in targets:
-        shape = _base(layers[target]).weight.shape
+        shape = _base(model, layers[target]).weight.shape
         largest = min(shape[0], math.prod(shape[1:]))
         if not 1 <= rank <= largest:
             raise ParamsError("rank", f"{rank} does not fit {target}", f"use a rank between 1 and {largest}")
     for target in targets:
-        weight = _base(layers[target]).weight
+        weight = _base(model, layers[target]).weight.requires_grad_(False)
         bound = 1.0 / math.sqrt(math.prod(weight.shape[1:]))
         down = torch.rand(rank, *weight.shape[1:], generator=generator, device=generator.device) * (2 * bound) - bound
         up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
-        weight.requires_grad_(False)
-        factors = LoraFactors(down.to(weight.device), up.to(weight.device), alpha)
-        _add_branch(model, prefix, target, name, LoraBranch(factors, trainable=True))
+        branch = LoraBranch(LoraFactors(down, up, alpha), trainable=True).to(weight.device)
+        _add_branch(model, layers[target], target, name, branch)
 
 
 def inject_adapter(model: nn.Module, prefix: str, adapter: Adapter, name: str) -> None:
@@ -84,16 +84,18 @@ def inject_adapter(model: nn.Module, prefix: str, adapter: Adapter, name: str) -
     Raises:
         CorruptError: A target the model does not have, or factors of another shape. The model is unchanged then.
     """
+    _refuse_taken_name(model, name)
     layers = _layers(model, prefix)
-    mine = {target: factors for target, factors in adapter.factors.items() if target.startswith(root(prefix))}
-    for target, factors in mine.items():
+    mine = {}
+    for target, factors in adapter.factors.items():
+        if not target.startswith(root(prefix)):
+            continue
         if target not in layers:
             raise CorruptError(target, "is no layer of this base", "use the base this adapter was trained on")
-        check_fits(target, _shaped(factors, _base(layers[target])), tuple(_base(layers[target]).weight.shape))
+        mine[target] = fitted(target, factors, tuple(_base(model, layers[target]).weight.shape))
     for target, factors in mine.items():
-        base = _base(layers[target])
-        branch = LoraBranch(_shaped(factors, base), trainable=False).to(base.weight.device)
-        _add_branch(model, prefix, target, name, branch)
+        branch = LoraBranch(factors, trainable=False).to(_base(model, layers[target]).weight.device)
+        _add_branch(model, layers[target], target, name, branch)
 
 
 def set_weights(model: nn.Module, weights: Weights) -> None:
@@ -146,56 +148,42 @@ def collapse(model: nn.Module) -> None:
 def remove(model: nn.Module) -> None:
     """Puts the original layers back: the same objects, untouched."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, LoraInjectedLinear | LoraInjectedConv2d):
+        if isinstance(module, InjectedLayer):
             model.set_submodule(path, module.base)
 
 
 def injected_layers(model: nn.Module) -> Iterator[InjectedLayer]:
     """The injected layers, in the model's order."""
-    return (module for module in model.modules() if isinstance(module, LoraInjectedLinear | LoraInjectedConv2d))
+    return (module for module in model.modules() if isinstance(module, InjectedLayer))
 
 
-def _layers(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """Every layer that can take a branch, or has one, by target name."""
-    wrapped = tuple(path + "." for path, module in model.named_modules() if _is_injected(module))
+def _layers(model: nn.Module, prefix: str) -> dict[str, str]:
+    """The module path of every layer that can take a branch, or has one, by target name."""
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, InjectedLayer))
     return {
-        target_of(prefix, path): module
+        target_of(prefix, path): path
         for path, module in model.named_modules()
-        if _is_injected(module) or (isinstance(module, nn.Linear | nn.Conv2d) and not path.startswith(wrapped))
+        if isinstance(module, InjectedLayer | nn.Linear | nn.Conv2d) and not path.startswith(inside)
     }
 
 
-def _is_injected(module: nn.Module) -> bool:
-    return isinstance(module, LoraInjectedLinear | LoraInjectedConv2d)
-
-
-def _base(module: nn.Module) -> nn.Linear | nn.Conv2d:
-    base = module.base if isinstance(module, LoraInjectedLinear | LoraInjectedConv2d) else module
+def _base(model: nn.Module, path: str) -> nn.Linear | nn.Conv2d:
+    module = model.get_submodule(path)
+    base = module.base if isinstance(module, InjectedLayer) else module
     assert isinstance(base, nn.Linear | nn.Conv2d)
     return base
 
 
-def _shaped(factors: LoraFactors, base: nn.Linear | nn.Conv2d) -> LoraFactors:
-    """A linear layer and a 1 x 1 convolution are the same map; published files mix them."""
-    if factors.down.ndim == base.weight.ndim or factors.down.shape[2:].numel() != 1:
-        return factors
-    tail = (1, 1) if base.weight.ndim == 4 else ()
-    return LoraFactors(_reshaped(factors.down, tail), _reshaped(factors.up, tail), factors.alpha)
+def _add_branch(model: nn.Module, path: str, target: str, name: str, branch: LoraBranch) -> None:
+    layer = model.get_submodule(path)
+    if not isinstance(layer, InjectedLayer):
+        base = _base(model, path)
+        kind = LoraInjectedLinear if isinstance(base, nn.Linear) else LoraInjectedConv2d
+        layer = kind(base, target).train(base.training)
+        model.set_submodule(path, layer)
+    layer.add_branch(name, branch)
 
 
-def _reshaped(tensor: Tensor, tail: tuple[int, ...]) -> Tensor:
-    return tensor.reshape(*tensor.shape[:2], *tail)
-
-
-def _add_branch(model: nn.Module, prefix: str, target: str, name: str, branch: LoraBranch) -> None:
-    path, module = next(
-        (path, module) for path, module in model.named_modules() if path and target_of(prefix, path) == target
-    )
-    if not isinstance(module, LoraInjectedLinear | LoraInjectedConv2d):
-        wrapper = LoraInjectedLinear if isinstance(module, nn.Linear) else LoraInjectedConv2d
-        module = wrapper(module, target).train(module.training)  # type: ignore[arg-type]  # _layers gives only these
-        model.set_submodule(path, module)
-    if name in module.names:
-        raise ParamsError(name, f"is already injected in {target}", "give each adapter its own name")
-    module.names.append(name)
-    module.stack.append(branch)
+def _refuse_taken_name(model: nn.Module, name: str) -> None:
+    if any(name in layer.branches for layer in injected_layers(model)):
+        raise ParamsError(name, "is injected already", "give each adapter its own name")

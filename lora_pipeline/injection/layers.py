@@ -6,15 +6,11 @@ restores the model bit for bit. Factors are float32 whatever the layer's dtype.
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor, nn
 
 from lora_pipeline.adapters.lora import LoraFactors
-
-InjectedLayer: TypeAlias = "LoraInjectedLinear | LoraInjectedConv2d"
 
 
 class LoraBranch(nn.Module):
@@ -42,79 +38,65 @@ class LoraBranch(nn.Module):
         return LoraFactors(self.down.detach().clone(), self.up.detach().clone(), self.alpha)
 
 
-class LoraInjectedLinear(nn.Module):
-    """A linear layer with branches.
+class InjectedLayer(nn.Module):
+    """What both kinds of injected layers share.
 
     Args:
         base: The layer, which stays what it is.
         target: Its target name.
     """
 
-    def __init__(self, base: nn.Linear, target: str) -> None:
+    base: nn.Linear | nn.Conv2d
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, target: str) -> None:
         super().__init__()
         self.base = base
         self.target = target
-        self.names: list[str] = []
+        self.branches: dict[str, LoraBranch] = {}
         self.stack = nn.ModuleList()
 
-    @property
-    def branches(self) -> dict[str, LoraBranch]:
-        return branches(self)
+    def add_branch(self, name: str, branch: LoraBranch) -> None:
+        """Registers a branch; a dict alone would not follow `.to()`, a ModuleDict would not take every name."""
+        self.branches[name] = branch
+        self.stack.append(branch)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the base layer's dtype."""
+        """Inputs and outputs are the base layer's, in shape and dtype."""
         output: Tensor = self.base(inputs)
-        for branch in self.stack:
+        for branch in self.branches.values():
             if branch.weight != 0.0:
-                output = _add_linear(output, inputs, branch)  # type: ignore[arg-type]  # a ModuleList is untyped
+                output = self.changed(output, inputs, branch)
         return output
 
-
-class LoraInjectedConv2d(nn.Module):
-    """A convolution with branches: `down` has its kernel, stride, padding, dilation and groups, `up` is 1 x 1.
-
-    Args:
-        base: The layer, which stays what it is.
-        target: Its target name.
-    """
-
-    def __init__(self, base: nn.Conv2d, target: str) -> None:
-        super().__init__()
-        self.base = base
-        self.target = target
-        self.names: list[str] = []
-        self.stack = nn.ModuleList()
-
-    @property
-    def branches(self) -> dict[str, LoraBranch]:
-        return branches(self)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(batch, in, height, width) -> (batch, out, height', width'), in the base layer's dtype."""
-        output: Tensor = self.base(inputs)
-        for branch in self.stack:
-            if branch.weight != 0.0:
-                output = _add_conv(self.base, output, inputs, branch)  # type: ignore[arg-type]  # as above
-        return output
+    def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
+        """The output with one branch's change added."""
+        raise NotImplementedError
 
 
-def branches(layer: InjectedLayer) -> dict[str, LoraBranch]:
-    """A layer's branches by adapter name, in order of injection."""
-    return dict(zip(layer.names, layer.stack, strict=True))  # type: ignore[arg-type]  # a ModuleList is untyped
+class LoraInjectedLinear(InjectedLayer):
+    """A linear layer with branches: (..., in) -> (..., out)."""
+
+    base: nn.Linear
+
+    def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
+        hidden = F.linear(inputs.to(branch.down.dtype), branch.down)
+        if output.dtype != hidden.dtype:  # sum in float32, round once
+            return (output.float() + branch.gain * F.linear(hidden, branch.up)).to(output.dtype)
+        rows = output.reshape(-1, output.shape[-1])
+        changes = hidden.reshape(-1, hidden.shape[-1])
+        return torch.addmm(rows, changes, branch.up.t(), alpha=branch.gain).view(output.shape)
 
 
-def _add_linear(output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
-    hidden = F.linear(inputs.to(branch.down.dtype), branch.down)
-    if output.dtype != hidden.dtype:  # sum in float32, round once
-        return (output.float() + branch.gain * F.linear(hidden, branch.up)).to(output.dtype)
-    rows = output.reshape(-1, output.shape[-1])
-    return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), branch.up.t(), alpha=branch.gain).view(output.shape)
+class LoraInjectedConv2d(InjectedLayer):
+    """A convolution with branches: `down` has its kernel, stride, padding, dilation and groups, `up` is 1 x 1."""
 
+    base: nn.Conv2d
 
-def _add_conv(base: nn.Conv2d, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
-    down = branch.down.repeat(base.groups, 1, 1, 1) if base.groups > 1 else branch.down
-    hidden = base._conv_forward(inputs.to(down.dtype), down, None)  # knows every padding mode
-    change = F.conv2d(hidden, branch.up, groups=base.groups)
-    if output.dtype != change.dtype:
-        return (output.float() + branch.gain * change).to(output.dtype)
-    return torch.add(output, change, alpha=branch.gain)
+    def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
+        groups = self.base.groups
+        down = branch.down.repeat(groups, 1, 1, 1) if groups > 1 else branch.down
+        hidden = self.base._conv_forward(inputs.to(down.dtype), down, None)  # knows every padding mode
+        change = F.conv2d(hidden, branch.up, groups=groups)
+        if output.dtype != change.dtype:
+            return (output.float() + branch.gain * change).to(output.dtype)
+        return torch.add(output, change, alpha=branch.gain)

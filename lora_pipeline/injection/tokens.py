@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_pipeline.adapters.vocabulary import token_names
 from lora_pipeline.errors import CorruptError, ParamsError
 
 
@@ -49,14 +50,9 @@ class PlaceholderEmbedding(nn.Module):
         return torch.where(own.unsqueeze(-1), rows.to(base.dtype), base)
 
 
-def names_of(token: str, vectors: int) -> list[str]:
-    """The tokenizer's tokens of a placeholder: `<zorp>`, `<zorp>_1`, ..."""
-    return [token, *(f"{token}_{index}" for index in range(1, vectors))]
-
-
 def add_placeholder(
-    tokenizer: Any,  # noqa: ANN401 (transformers is not a dependency of this floor)
-    text_encoder: Any,  # noqa: ANN401
+    tokenizer: Any,
+    text_encoder: Any,
     token: str,
     rows: Tensor,
 ) -> PlaceholderEmbedding:
@@ -80,7 +76,7 @@ def add_placeholder(
     if rows.ndim != 2 or rows.shape[1] != width:
         problem = f"its rows are {tuple(rows.shape)}, the text encoder's are {width} wide"
         raise CorruptError(token, problem, "use the base this adapter was trained on")
-    names = names_of(token, rows.shape[0])
+    names = token_names(token, rows.shape[0])
     known = {word.lower() for word in tokenizer.get_vocab()}
     for name in names:
         if not name.strip() or name != name.strip() or {name.lower(), name.lower() + "</w>"} & known:
@@ -93,7 +89,7 @@ def add_placeholder(
     return embedding
 
 
-def remove(text_encoder: Any) -> None:  # noqa: ANN401
+def remove(text_encoder: Any) -> None:
     """Puts the original embedding back: the same object, untouched."""
     embedding = text_encoder.get_input_embeddings()
     while isinstance(embedding, PlaceholderEmbedding):
@@ -101,17 +97,17 @@ def remove(text_encoder: Any) -> None:  # noqa: ANN401
     text_encoder.set_input_embeddings(embedding)
 
 
-def expand(tokenizer: Any, prompt: str) -> str:  # noqa: ANN401
+def expand(tokenizer: Any, prompt: str) -> str:
     """Writes out placeholders of several vectors: `a <zorp>` -> `a <zorp> <zorp>_1`."""
     added = set(tokenizer.get_added_vocab())
     for token in sorted(token for token in added if f"{token}_1" in added):
         vectors = next(count for count in range(2, len(added) + 2) if f"{token}_{count}" not in added)
-        written = " ".join(names_of(token, vectors))
+        written = " ".join(token_names(token, vectors))
         prompt = re.sub(re.escape(token) + r"(?!_\d)", lambda _, written=written: written, prompt, flags=re.IGNORECASE)  # type: ignore[misc]  # mypy cannot type a lambda's default
     return prompt
 
 
-def initial_rows(tokenizer: Any, text_encoder: Any, words: str, vectors: int) -> Tensor:  # noqa: ANN401
+def initial_rows(tokenizer: Any, text_encoder: Any, words: str, vectors: int) -> Tensor:
     """Rows to start a placeholder from.
 
     Args:
@@ -129,6 +125,8 @@ def initial_rows(tokenizer: Any, text_encoder: Any, words: str, vectors: int) ->
     """
     ids = tokenizer(words, add_special_tokens=False, padding=False)["input_ids"]
     if not ids:
-        raise ParamsError("initializer", f"{words!r} holds no token", "use a word the base knows, such as the class noun")
+        raise ParamsError(
+            "initializer", f"{words!r} holds no token", "use a word the base knows, such as the class noun"
+        )
     weight = text_encoder.get_input_embeddings().weight.detach().float()
     return torch.stack([weight[ids[index::vectors] or [ids[index % len(ids)]]].mean(dim=0) for index in range(vectors)])

@@ -30,7 +30,7 @@ _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save")
 
 
-def recognises(names: Collection[str], metadata: Mapping[str, str]) -> bool:
+def recognises(names: Collection[str], _metadata: Mapping[str, str]) -> bool:
     """Whether a header is of this format."""
     return any(name.startswith((UNET + ".", TEXT_ENCODER + ".")) and name.endswith(_DOWN) for name in names)
 
@@ -73,7 +73,7 @@ def render(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _config(model: str, anchor: str, adapter: Adapter) -> dict[str, Any]:
     """LoraConfig fields of one model: the commonest rank and alpha, and by module what differs.
 
-    Text encoder paths go unanchored and without `text_model.`, so that they match whether or not the live names have it.
+    Text encoder paths go unanchored and without `text_model.`, to match live names with and without it.
     """
     factors = {module_path(name): each for name, each in adapter.factors.items() if name.startswith(root(model))}
     if not factors:
@@ -91,7 +91,7 @@ def _config(model: str, anchor: str, adapter: Adapter) -> dict[str, Any]:
     return {f"{model}.{name}": value for name, value in fields.items()}
 
 
-def _commonest(values: Any) -> Any:  # noqa: ANN401 (numbers of either kind)
+def _commonest(values: Any) -> Any:
     counts = Counter(values)
     return min(counts, key=lambda value: (-counts[value], value))
 

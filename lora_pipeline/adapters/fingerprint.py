@@ -1,0 +1,60 @@
+"""Which base an adapter belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from lora_pipeline.errors import CorruptError, MissingError
+
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+TEXT_ENCODER_WEIGHTS = "text_encoder/model.safetensors"
+_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+
+
+def base_fingerprint(base: Path) -> str:
+    """Sha-256 over the UNet's and text encoder's weight files and the tokenizer's vocabulary.
+
+    Args:
+        base: A diffusers folder.
+
+    Raises:
+        MissingError: A weight file is missing.
+    """
+    files = [*weight_files(base, UNET_WEIGHTS), *weight_files(base, TEXT_ENCODER_WEIGHTS)]
+    files += [path for name in _TOKENIZER if (path := base / "tokenizer" / name).is_file()]
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            contents = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(base).as_posix()} {contents}\n".encode())
+    return total.hexdigest()
+
+
+def weight_files(base: Path, name: str) -> list[Path]:
+    """A component's weight file, or its shards.
+
+    Args:
+        base: A diffusers folder.
+        name: The unsharded file's path inside it.
+
+    Raises:
+        MissingError: Neither the file nor an index of shards, or a shard of the index is missing.
+        CorruptError: The index cannot be read, or leads out of its folder.
+    """
+    whole, index = base / name, base / f"{name}.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise MissingError(str(whole), "no such file", "give a diffusers folder with safetensors weights")
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CorruptError(str(index), "is no index of shards", "get the base again") from None
+    for shard in names:
+        if Path(shard).name != shard:
+            raise CorruptError(str(index), f"the shard {shard!r} is outside the folder", "get the base again")
+        if not (index.parent / shard).is_file():
+            raise MissingError(str(index.parent / shard), "no such shard", "get the base again")
+    return [index.parent / shard for shard in names]
