@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from lora_pipeline.pretrained.blank import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 

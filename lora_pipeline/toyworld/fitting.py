@@ -1,4 +1,4 @@
-"""The one loop that trains the embedded base's parts: AdamW, one cosine, an average of the weights, resumable.
+"""The one loop that trains the embedded base's parts: one cosine, an average of the weights, resumable.
 
 The loss of step `n` may depend on `n` and the weights only (draw from `step_generator(seed, n)`), so a run that was
 stopped and resumed computes what an undisturbed one does.
@@ -35,20 +35,25 @@ def step_generator(seed: int, step: int, purpose: int = 0) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how hard to train. `peak` is the highest learning rate."""
+    """How long and how hard to train.
+
+    `peak` is the highest learning rate; it is held for the first `hold` of the steps before it falls.
+    """
 
     steps: int
     batch: int
     peak: float
+    hold: float = 0.0
     seed: int = 0
     weight_decay: float = 0.01
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then one cosine to a hundredth of the peak."""
+    """Linear warm-up, the peak for as long as the recipe holds it, then half a cosine to a hundredth of the peak."""
     if step < WARM_UP_STEPS:
         return recipe.peak * (step + 1) / WARM_UP_STEPS
-    done = (step - WARM_UP_STEPS) / max(1, recipe.steps - WARM_UP_STEPS)
+    start = max(WARM_UP_STEPS, int(recipe.hold * recipe.steps))
+    done = max(0, step - start) / max(1, recipe.steps - start)
     return recipe.peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -109,15 +114,21 @@ def load_checkpoint(path: Path, model: nn.Module, average: Average, optimiser: t
     return step
 
 
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(trained, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+
+
 def fit(
     model: nn.Module, loss_at: Callable[[int], Tensor], recipe: Recipe, checkpoint: Path, report: Report,
+    make_optimiser: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw,
 ) -> Average:  # fmt: skip
     """Minimise `loss_at(step)` over `recipe.steps` steps, resuming from `checkpoint` where it exists.
 
     Returns the averaged weights; `model` itself is left with the last live ones.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimiser = torch.optim.AdamW(trained, weight_decay=recipe.weight_decay, betas=(0.9, 0.99), fused=True)
+    optimiser = make_optimiser(model, recipe.weight_decay)
     average = Average(model)
     start = load_checkpoint(checkpoint, model, average, optimiser) if checkpoint.exists() else 0
     saved = time.monotonic()
