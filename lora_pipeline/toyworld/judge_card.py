@@ -77,8 +77,10 @@ def measure(judge: Judge, vae: Reconstruct | None, seed: int, count: int = FRESH
     if vae:
         for name, (scenes, pixels) in fresh.items():
             tables[f"{name}, rebuilt"] = accuracy(judge, scenes, reconstructed(pixels, vae))
-        tables["prompts, rebuilt"] = score_drawings(judge, seed=seed, through=lambda px: reconstructed(px, vae))
-    tables["prompts, drawn"] = score_drawings(judge, seed=seed)
+        tables["prompts, rebuilt"] = score_drawings(
+            judge, count // 3, seed, through=lambda drawn: reconstructed(drawn, vae)
+        )
+    tables["prompts, drawn"] = score_drawings(judge, count // 3, seed)
     tables["likeness"] = likeness(judge, seed)
     return tables
 

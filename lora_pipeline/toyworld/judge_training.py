@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_pipeline.toyworld.fitting import Recipe, Report, fit, load_weights, step_generator
 from lora_pipeline.toyworld.judge import Answers, Judge, blank_judge, load_judge, save_judge, to_tensor
-from lora_pipeline.toyworld.judge_card import card, measure
+from lora_pipeline.toyworld.judge_card import FRESH, card, measure
 from lora_pipeline.toyworld.judge_pool import Counts, Pool, Reconstruct, gather
 from lora_pipeline.toyworld.labels import UNTOLD, Labels, cell_targets
 from lora_pipeline.toyworld.scene import SIDE
@@ -25,7 +25,7 @@ BLUR, NOISE = 0.7, 0.04
 
 def train_judge(
     work: Path, out: Path, vae: Reconstruct | None, report: Report,
-    recipe: Recipe = JUDGE_RECIPE, counts: Counts = JUDGE_COUNTS, workers: int = 1,
+    recipe: Recipe = JUDGE_RECIPE, counts: Counts = JUDGE_COUNTS, fresh: int = FRESH, workers: int = 1,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Train a judge and write it with its card into the folder `out`; what resuming needs is kept in `work`.
 
@@ -36,6 +36,7 @@ def train_judge(
         report: Called after each step with its number and loss.
         recipe: Steps, batch, learning rate, seed.
         counts: How many drawings to learn from.
+        fresh: How many new pictures each table of the card is measured on.
         workers: Processes that draw.
 
     Returns:
@@ -45,7 +46,7 @@ def train_judge(
     judge = blank_judge(recipe.seed)
     fit_judge(judge, gather(work, vae, counts, recipe.seed, workers), recipe, work / "judge.ckpt", report)
     save_judge(judge, out)
-    measured = measure(load_judge(out), vae, recipe.seed)
+    measured = measure(load_judge(out), vae, recipe.seed, fresh)
     (out / "JUDGE_CARD.md").write_text(card(measured, recipe, counts))
     return measured
 
