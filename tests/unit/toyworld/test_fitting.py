@@ -40,7 +40,7 @@ def test_fit_finds_the_solution_of_a_linear_problem(tmp_path: Path) -> None:
     assert torch.allclose(average.weights["bias"], torch.full((2,), 3.0), atol=0.02)
 
 
-class Cut(Exception):
+class PowerCutError(Exception):
     """The power goes."""
 
 
@@ -49,13 +49,13 @@ def test_a_stopped_fit_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pyt
     model = line()
     whole = fit(model, lambda s: loss_of(model, s), recipe, tmp_path / "whole", quiet)
 
-    def cut_at_20(step: int, loss: float) -> None:
+    def cut_at_20(step: int, _: float) -> None:
         if step == 20:
-            raise Cut
+            raise PowerCutError
 
     monkeypatch.setattr("lora_pipeline.toyworld.fitting.CHECKPOINT_SECONDS", 0.0)
     stopped = line()
-    with pytest.raises(Cut):
+    with pytest.raises(PowerCutError):
         fit(stopped, lambda s: loss_of(stopped, s), recipe, tmp_path / "cut", cut_at_20)
     seen = []
     resumed = line()
