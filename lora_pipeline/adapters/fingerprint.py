@@ -53,7 +53,7 @@ def weight_files(base: Path, name: str) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CorruptError(str(index), "is no index of shards", "get the base again") from None
     for shard in names:
-        if Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard:
             raise CorruptError(str(index), f"the shard {shard!r} is outside the folder", "get the base again")
         if not (index.parent / shard).is_file():
             raise MissingError(str(index.parent / shard), "no such shard", "get the base again")

@@ -88,10 +88,15 @@ def stream_tensors(
     with _written_whole(path) as file:
         file.write(_header_bytes(names, layout, metadata))
         for name in names:
-            tensor = produce(name)
-            if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != layout[name]:
-                raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not the layout's {layout[name]}")
-            file.write(tensor_bytes(tensor))
+            data = tensor_bytes(produce(name))
+            if len(data) != _size(layout[name]):
+                raise ValueError(f"{name}: {len(data)} bytes, not the layout's {layout[name]}")
+            file.write(data)
+
+
+def _size(place: tuple[str, tuple[int, ...]]) -> int:
+    dtype, shape = place
+    return math.prod(shape) * BYTES_PER_ELEMENT[dtype]
 
 
 def _header_bytes(
@@ -101,7 +106,7 @@ def _header_bytes(
     position = 0
     for name in names:
         dtype, shape = layout[name]
-        stop = position + math.prod(shape) * BYTES_PER_ELEMENT[dtype]
+        stop = position + _size(layout[name])
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
         position = stop
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -26,7 +26,7 @@ class Format(Protocol):
     def render(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]: ...
 
 
-FORMATS: tuple[Format, ...] = (native, diffusers)
+FORMATS: tuple[Format, ...] = (diffusers, native)
 
 
 def load(path: Path) -> Adapter:

@@ -32,7 +32,7 @@ _UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save")
 
 def recognises(names: Collection[str], _metadata: Mapping[str, str]) -> bool:
     """Whether a header is of this format."""
-    return any(name.startswith((UNET + ".", TEXT_ENCODER + ".")) and name.endswith(_DOWN) for name in names)
+    return any(name.endswith(_DOWN) or name.startswith(_EMBEDDING) for name in names)
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:

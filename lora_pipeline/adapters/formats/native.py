@@ -26,9 +26,9 @@ _EMBEDDING = "embedding."
 _FIX = "make the file again with `lora-pipe extract`"
 
 
-def recognises(names: Collection[str], metadata: Mapping[str, str]) -> bool:
-    """Whether a header is of this format."""
-    return METADATA_KEY in metadata and not any(".lora_A." in name for name in names)
+def recognises(_names: Collection[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a header is of this format; asked last, because others may carry this key too."""
+    return METADATA_KEY in metadata
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:

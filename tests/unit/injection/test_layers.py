@@ -1,0 +1,118 @@
+"""Injected layers, against the same layers with the change added to their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lora_pipeline.adapters.lora import LoraFactors
+from lora_pipeline.injection.layers import LoraBranch, LoraInjectedConv2d, LoraInjectedLinear
+
+
+def random_factors(weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> LoraFactors:
+    down = torch.randn(rank, *weight.shape[1:], generator=generator)
+    up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2), generator=generator)
+    return LoraFactors(down, up, alpha)
+
+
+def assert_equals_changed_weight(
+    layer: LoraInjectedLinear | LoraInjectedConv2d, base: nn.Module, inputs: Tensor, change: Tensor
+) -> None:
+    output = layer(inputs)
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    weight.data += change
+    expected = base(inputs)
+    weight.data -= change
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (2, 2, 3, 7)])
+def test_linear_for_any_leading_shape(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    base = nn.Linear(7, 5).requires_grad_(False)
+    layer = LoraInjectedLinear(base, "unet.x")
+    first, second = (random_factors(base.weight, rank, 2.0, generator) for rank in (3, 2))
+    layer.add_branch("first", LoraBranch(first, trainable=False))
+    layer.add_branch("second", LoraBranch(second, trainable=False))
+    layer.branches["first"].weight = -0.5
+    change = second.delta() - 0.5 * first.delta()
+    assert_equals_changed_weight(layer, base, torch.randn(shape, generator=generator), change)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.sampled_from([1, 2, 4]),
+    kernel=st.sampled_from([1, 3, (1, 3)]),
+    stride=st.sampled_from([1, 2]),
+    padding=st.sampled_from([0, 1, (0, 2)]),
+    dilation=st.sampled_from([1, 2]),
+    mode=st.sampled_from(["zeros", "reflect", "circular"]),
+    rank=st.integers(1, 5),
+    weight=st.floats(-2, 2),
+)
+def test_convolution_with_the_bases_geometry(
+    groups: int, kernel: Any, stride: int, padding: Any, dilation: int, mode: Any, rank: int, weight: float
+) -> None:
+    source = torch.Generator().manual_seed(rank)
+    base = nn.Conv2d(
+        4, 8, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=mode
+    ).requires_grad_(False)
+    layer = LoraInjectedConv2d(base, "unet.x")
+    factors = random_factors(base.weight, rank, 1.5, source)
+    layer.add_branch("a", LoraBranch(factors, trainable=False))
+    layer.branches["a"].weight = weight
+    inputs = torch.randn(2, 4, 9, 9, generator=source)
+    assert_equals_changed_weight(layer, base, inputs, weight * factors.delta())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_half_precision_base_rounds_the_sum_once(dtype: torch.dtype, kind: str, generator: torch.Generator) -> None:
+    base = (nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(16, 8, 1)).to(dtype).requires_grad_(False)
+    layer = LoraInjectedLinear(base, "x") if isinstance(base, nn.Linear) else LoraInjectedConv2d(base, "x")
+    factors = random_factors(base.weight, 2, 0.01, generator)
+    inputs = torch.randn((4, 16) if kind == "linear" else (2, 16, 3, 3), generator=generator).to(dtype)
+    layer.add_branch("a", LoraBranch(factors, trainable=False))
+    output = layer(inputs)
+    assert output.dtype == dtype
+    assert layer.branches["a"].down.dtype == torch.float32
+    function = nn.functional.linear if kind == "linear" else nn.functional.conv2d
+    exact = base(inputs).double() + function(inputs.double(), factors.delta().double())
+    error = (output.double() - exact).abs() / exact.abs().clamp_min(1e-3)
+    assert float(error.max()) <= torch.finfo(dtype).eps
+
+
+def test_weight_zero_is_the_base_bit_for_bit(generator: torch.Generator) -> None:
+    base = nn.Linear(7, 5)
+    layer = LoraInjectedLinear(base, "x")
+    layer.add_branch("a", LoraBranch(random_factors(base.weight, 2, 1.0, generator), trainable=True))
+    layer.branches["a"].weight = 0.0
+    inputs = torch.randn(3, 7, generator=generator)
+    assert torch.equal(layer(inputs), base(inputs))
+
+
+def test_gradients_are_those_of_the_formula(generator: torch.Generator) -> None:
+    base = nn.Linear(7, 5).requires_grad_(False)
+    layer = LoraInjectedLinear(base, "x")
+    factors = random_factors(base.weight, 2, 3.0, generator)
+    layer.add_branch("a", LoraBranch(factors, trainable=True))
+    inputs = torch.randn(3, 7, generator=generator)
+    layer(inputs).square().sum().backward()
+    down, up = factors.down.clone().requires_grad_(), factors.up.clone().requires_grad_()
+    (base(inputs) + 1.5 * inputs @ down.T @ up.T).square().sum().backward()
+    branch = layer.branches["a"]
+    torch.testing.assert_close(branch.down.grad, down.grad)
+    torch.testing.assert_close(branch.up.grad, up.grad)
+
+
+def test_branches_follow_the_model_and_take_any_name() -> None:
+    layer = LoraInjectedLinear(nn.Linear(2, 2), "x")
+    for name in ("my.style", "keys", ""):
+        layer.add_branch(name, LoraBranch(LoraFactors(torch.ones(1, 2), torch.ones(2, 1), 1.0), trainable=True))
+    assert layer.to(torch.float64).branches["my.style"].down.dtype == torch.float64
+    assert len(list(layer.parameters())) == 2 + 3 * 2
