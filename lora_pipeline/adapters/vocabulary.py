@@ -49,7 +49,8 @@ def with_tokens(tokenizer: Path, names: Sequence[str]) -> tuple[int, dict[str, s
     for name in names:
         if {name.lower(), f"{name.lower()}</w>"} & lowered:
             fix = "train with another placeholder_token"
-            raise ParamsError(name, "is a token of this base already", fix)
+            raise ParamsError(name, "is a token of this base, or of another adapter, already", fix)
+        lowered.add(name.lower())
     first = max(known.values()) + 1
     ids = {name: first + index for index, name in enumerate(names)}
     changed: dict[str, Any] = {}

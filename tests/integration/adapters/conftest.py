@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.injection.inject import collect, inject_new, remove, select_targets, trainable
 
 
-def _tokenizer_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _vocabulary() -> dict[str, int]:
     letters = [*"abcdefghijklmnopqrstuvwxyz<>_0123456789"]
     vocabulary = {name: index for index, name in enumerate(letters + [f"{letter}</w>" for letter in letters])}
     vocabulary |= {name: len(vocabulary) + index for index, name in enumerate(["<|startoftext|>", "<|endoftext|>"])}
-    return vocabulary, []
+    return vocabulary
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +27,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("tiny") / "base"
-    vocabulary, merges = _tokenizer_files()
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=24)
+    vocabulary = _vocabulary()
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=24)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
         unet = UNet2DConditionModel(
@@ -90,7 +91,7 @@ def make_adapter(pipeline: Callable[..., object]) -> Callable[..., Adapter]:
     def make(seed: int, tokens: dict[str, int] | None = None) -> Adapter:
         source = torch.Generator().manual_seed(seed)
         loaded = pipeline()
-        factors = {}
+        factors: dict[str, LoraFactors] = {}
         for prefix, groups in globs.items():
             model = getattr(loaded, prefix)
             for index, group in enumerate(groups):

@@ -152,6 +152,14 @@ def test_a_token_of_the_base_is_refused(tmp_path: Path, make_base: MakeBase, mak
         merge(make_base(), [("a", make_adapter(1, tokens=("Creature",)), 1.0)], tmp_path / "out", None)
 
 
+@pytest.mark.parametrize("other", ["<a>_1", "<A>"])
+def test_tokens_that_run_into_each_other_are_refused(
+    tmp_path: Path, make_base: MakeBase, make_adapter: Make, other: str
+) -> None:
+    with pytest.raises(ParamsError, match="another adapter"):
+        merge(make_base(), [("a", make_adapter(1, tokens=("<a>", other)), 1.0)], tmp_path / "out", None)
+
+
 def test_shards_are_merged_each_in_its_file(tmp_path: Path, make_base: MakeBase, make_adapter: Make) -> None:
     base, adapter = make_base(), make_adapter(1)
     merge(base, [("a", adapter, 1.0)], tmp_path / "whole", "float32")

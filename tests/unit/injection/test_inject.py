@@ -110,7 +110,7 @@ def test_collected_factors_give_the_same_outputs(model: nn.Module, inputs: Tenso
     changed = copy.deepcopy(model)
     remove(changed)
     for target, factors in adapter.factors.items():
-        changed.get_submodule(target.removeprefix("unet.")).weight.data += factors.delta()
+        changed.get_parameter(target.removeprefix("unet.") + ".weight").data += factors.delta()
     torch.testing.assert_close(output, changed(inputs), rtol=1e-4, atol=1e-4)
 
 
@@ -174,7 +174,7 @@ def test_linear_factors_go_into_a_1x1_convolution(model: nn.Module, inputs: Tens
     inject_adapter(model, "unet", Adapter({"unet.block.point": factors}), "a")
     output = model(inputs)
     remove(model)
-    model.get_submodule("block.point").weight.data += factors.delta()[..., None, None]
+    model.get_parameter("block.point.weight").data += factors.delta()[..., None, None]
     torch.testing.assert_close(output, model(inputs), rtol=1e-4, atol=1e-4)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -12,6 +12,16 @@ from torch import Tensor, nn
 
 from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.injection.layers import LoraBranch, LoraInjectedConv2d, LoraInjectedLinear
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def frozen(layer: Layer, generator: torch.Generator) -> Layer:
+    """A layer with known random weights."""
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return layer.requires_grad_(False)
 
 
 def random_factors(weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> LoraFactors:
@@ -34,7 +44,7 @@ def assert_equals_changed_weight(
 
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (2, 2, 3, 7)])
 def test_linear_for_any_leading_shape(shape: tuple[int, ...], generator: torch.Generator) -> None:
-    base = nn.Linear(7, 5).requires_grad_(False)
+    base = frozen(nn.Linear(7, 5), generator)
     layer = LoraInjectedLinear(base, "unet.x")
     first, second = (random_factors(base.weight, rank, 2.0, generator) for rank in (3, 2))
     layer.add_branch("first", LoraBranch(first, trainable=False))
@@ -59,9 +69,8 @@ def test_convolution_with_the_bases_geometry(
     groups: int, kernel: Any, stride: int, padding: Any, dilation: int, mode: Any, rank: int, weight: float
 ) -> None:
     source = torch.Generator().manual_seed(rank)
-    base = nn.Conv2d(
-        4, 8, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=mode
-    ).requires_grad_(False)
+    base = nn.Conv2d(4, 8, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=mode)
+    frozen(base, source)
     layer = LoraInjectedConv2d(base, "unet.x")
     factors = random_factors(base.weight, rank, 1.5, source)
     layer.add_branch("a", LoraBranch(factors, trainable=False))
@@ -73,7 +82,7 @@ def test_convolution_with_the_bases_geometry(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_half_precision_base_rounds_the_sum_once(dtype: torch.dtype, kind: str, generator: torch.Generator) -> None:
-    base = (nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(16, 8, 1)).to(dtype).requires_grad_(False)
+    base = frozen(nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(16, 8, 1), generator).to(dtype)
     layer = LoraInjectedLinear(base, "x") if isinstance(base, nn.Linear) else LoraInjectedConv2d(base, "x")
     factors = random_factors(base.weight, 2, 0.01, generator)
     inputs = torch.randn((4, 16) if kind == "linear" else (2, 16, 3, 3), generator=generator).to(dtype)
@@ -88,7 +97,7 @@ def test_a_half_precision_base_rounds_the_sum_once(dtype: torch.dtype, kind: str
 
 
 def test_weight_zero_is_the_base_bit_for_bit(generator: torch.Generator) -> None:
-    base = nn.Linear(7, 5)
+    base = frozen(nn.Linear(7, 5), generator)
     layer = LoraInjectedLinear(base, "x")
     layer.add_branch("a", LoraBranch(random_factors(base.weight, 2, 1.0, generator), trainable=True))
     layer.branches["a"].weight = 0.0
@@ -97,7 +106,7 @@ def test_weight_zero_is_the_base_bit_for_bit(generator: torch.Generator) -> None
 
 
 def test_gradients_are_those_of_the_formula(generator: torch.Generator) -> None:
-    base = nn.Linear(7, 5).requires_grad_(False)
+    base = frozen(nn.Linear(7, 5), generator)
     layer = LoraInjectedLinear(base, "x")
     factors = random_factors(base.weight, 2, 3.0, generator)
     layer.add_branch("a", LoraBranch(factors, trainable=True))
@@ -106,8 +115,8 @@ def test_gradients_are_those_of_the_formula(generator: torch.Generator) -> None:
     down, up = factors.down.clone().requires_grad_(), factors.up.clone().requires_grad_()
     (base(inputs) + 1.5 * inputs @ down.T @ up.T).square().sum().backward()
     branch = layer.branches["a"]
-    torch.testing.assert_close(branch.down.grad, down.grad)
-    torch.testing.assert_close(branch.up.grad, up.grad)
+    torch.testing.assert_close(branch.down.grad, down.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(branch.up.grad, up.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_branches_follow_the_model_and_take_any_name() -> None:
