@@ -110,6 +110,8 @@ class _Merger:
                     raise CorruptError(target, "is no layer of this base", "use the base this adapter was trained on")
                 fitted(target, summed(target, self.parts), entries[target].shape)
             if self.rows is not None and prefix == TEXT_ENCODER:
+                if _TOKEN_TABLE not in entries:
+                    raise CorruptError(_TOKEN_TABLE, "is missing from this base", "get the base again")
                 self._check_rows(entries[_TOKEN_TABLE].shape, self.rows)
 
     def _check_rows(self, table: tuple[int, ...], rows: Tensor) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.injection.layers import LoraBranch, LoraInjectedConv2d, LoraInjectedLinear
 
-
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
