@@ -124,7 +124,7 @@ def pooled(features: Tensor, weight: Tensor) -> Tensor:
 
 def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 (n, 64, 64, 3) to float32 (n, 3, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32)) / 127.5 - 1
 
 
 @torch.no_grad()
