@@ -136,7 +136,7 @@ class JudgeScorer:
         self.judge = judge
 
     def identity(self, images: np.ndarray) -> Tensor:
-        """Unit vectors (n, 38): their cosine is the share of creature parts and colours in common."""
+        """Unit vectors (n, 42): their cosine is the share of creature parts and colours in common."""
         return embedding(answers(self.judge, images), list(PARTS))
 
     def style(self, images: np.ndarray) -> Tensor:
