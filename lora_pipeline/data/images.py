@@ -1,0 +1,74 @@
+"""Pictures as users have them: any orientation, mode and size, and not always whole."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from lora_pipeline.errors import CorruptError, MissingError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_BESIDE = {".txt", ".json", ".jsonl", ".md"}  # what may lie beside pictures
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder, sorted by name; hidden files, folders and text are passed over.
+
+    Raises:
+        MissingError: No such folder, or no picture in it.
+        CorruptError: A file that looks like neither a picture nor text: it would be left out silently.
+    """
+    if not folder.is_dir():
+        raise MissingError(str(folder), "is no folder", "create it and put the concept's pictures there")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    for path in files:
+        if path.suffix.lower() not in SUFFIXES | _BESIDE:
+            raise CorruptError(str(path), "is no picture of a known kind", "convert it to PNG, or take it out")
+    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not pictures:
+        raise MissingError(str(folder), "holds no picture", "put .png, .jpg, .webp or .bmp files there")
+    return pictures
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Reads a picture upright, as RGB, with transparency laid over white.
+
+    Raises:
+        MissingError: No such file.
+        CorruptError: Not a picture, damaged or truncated, or its header announces more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS`; nothing is decoded then.
+    """
+    if not path.is_file():
+        raise MissingError(str(path), "no such picture", "check the folder, or run the stage that makes it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as picture:
+                picture.load()
+                return _over_white(_eight_bit(ImageOps.exif_transpose(picture)))
+    except _TOO_LARGE:
+        raise CorruptError(str(path), "announces too many pixels", "shrink it, or take it out") from None
+    except _DAMAGE as error:
+        problem = f"cannot be read as a picture: {error!s:.100}"
+        raise CorruptError(str(path), problem, "replace it with a whole copy, or take it out") from None
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """16-bit grey is scaled; Pillow would clip it."""
+    if picture.mode.startswith("I"):
+        return picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    return picture
+
+
+def _over_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
