@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_pipeline.toyworld.fitting import Average, Recipe, fit, learning_rate, load_weights, step_generator
+from lora_pipeline.toyworld.fitting import Average, Recipe, fit, learning_rate, load_weights, plain, step_generator
 
 
 def quiet(step: int, loss: float) -> None:
@@ -34,7 +34,9 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
 def test_fit_finds_the_solution_of_a_linear_problem(tmp_path: Path) -> None:
     model, losses = line(), []
     recipe = Recipe(steps=1200, batch=16, peak=3e-2, weight_decay=0.0)
-    average = fit(model, lambda s: loss_of(model, s), recipe, tmp_path / "c", lambda _, loss: losses.append(loss))
+    average = fit(
+        model, plain(lambda s: loss_of(model, s)), recipe, tmp_path / "c", lambda _, loss: losses.append(loss)
+    )
     assert len(losses) == 1200
     assert torch.allclose(average.weights["weight"], TRUTH, atol=0.02)
     assert torch.allclose(average.weights["bias"], torch.full((2,), 3.0), atol=0.02)
@@ -47,7 +49,7 @@ class PowerCutError(Exception):
 def test_a_stopped_fit_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(steps=30, batch=16, peak=1e-2)
     model = line()
-    whole = fit(model, lambda s: loss_of(model, s), recipe, tmp_path / "whole", quiet)
+    whole = fit(model, plain(lambda s: loss_of(model, s)), recipe, tmp_path / "whole", quiet)
 
     def cut_at_20(step: int, _: float) -> None:
         if step == 20:
@@ -56,11 +58,14 @@ def test_a_stopped_fit_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("lora_pipeline.toyworld.fitting.CHECKPOINT_SECONDS", 0.0)
     stopped = line()
     with pytest.raises(PowerCutError):
-        fit(stopped, lambda s: loss_of(stopped, s), recipe, tmp_path / "cut", cut_at_20)
+        fit(stopped, plain(lambda s: loss_of(stopped, s)), recipe, tmp_path / "cut", cut_at_20)
     seen = []
     resumed = line()
-    again = fit(resumed, lambda s: loss_of(resumed, s), recipe, tmp_path / "cut", lambda step, _: seen.append(step))
+    again = fit(
+        resumed, plain(lambda s: loss_of(resumed, s)), recipe, tmp_path / "cut", lambda step, _: seen.append(step)
+    )
     assert seen == list(range(20, 31))
+    assert whole.weights["weight"].abs().min() > 0
     for name, weight in whole.weights.items():
         assert torch.equal(again.weights[name], weight)
         assert torch.equal(dict(resumed.named_parameters())[name], dict(model.named_parameters())[name])
@@ -69,10 +74,18 @@ def test_a_stopped_fit_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pyt
 def test_a_finished_fit_does_nothing_more(tmp_path: Path) -> None:
     recipe = Recipe(steps=5, batch=16, peak=1e-2)
     model = line()
-    done = fit(model, lambda s: loss_of(model, s), recipe, tmp_path / "c", quiet)
+    done = fit(model, plain(lambda s: loss_of(model, s)), recipe, tmp_path / "c", quiet)
     other = line()
     again = fit(other, lambda _: pytest.fail("took a step"), recipe, tmp_path / "c", quiet)
     assert torch.equal(again.weights["weight"], done.weights["weight"])
+
+
+def test_a_held_learning_rate_stays_at_its_peak_first() -> None:
+    recipe = Recipe(steps=1000, batch=1, peak=2.0, hold=0.6)
+    rates = [learning_rate(recipe, step) for step in range(1000)]
+    assert set(rates[200:601]) == {2.0}
+    assert rates[800] == pytest.approx(2 * (0.01 + 0.99 * 0.5))
+    assert rates[-1] == pytest.approx(0.02, rel=0.01)
 
 
 def test_the_learning_rate_rises_then_falls_to_a_hundredth() -> None:
@@ -91,7 +104,7 @@ def test_the_average_follows_its_formula_and_steps_aside() -> None:
     expected = torch.zeros(2)
     for step in range(4):
         load_weights(model, {"weight": torch.zeros(2, 3), "bias": torch.full((2,), step + 1.0)})
-        average.update(model, step)
+        average.update(step)
         keep = (step + 1) / (step + 10)
         expected = keep * expected + (1 - keep) * (step + 1.0)
     assert torch.allclose(average.weights["bias"], expected)
