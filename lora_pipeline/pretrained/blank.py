@@ -123,7 +123,7 @@ def blank_text_encoder(vocabulary: int, seed: int) -> CLIPTextModel:
 
 
 def blank_unet(seed: int) -> UNet2DConditionModel:
-    """3.9 M parameters: 48 channels at 16 x 16, 128 with cross-attention at 8 x 8.
+    """2.5 M parameters: 48 channels at 16 x 16, 96 with cross-attention at 8 x 8.
 
     The pooled prompt joins the time embedding (`addition_embed_type="text"`) and scales every ResNet block, so that
     what the whole picture shows need not pass through cross-attention.
@@ -135,11 +135,11 @@ def blank_unet(seed: int) -> UNet2DConditionModel:
             out_channels=LATENT_CHANNELS,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(48, 128),
+            block_out_channels=(48, 96),
             layers_per_block=1,
             cross_attention_dim=TEXT_WIDTH,
             norm_num_groups=4,
-            attention_head_dim=(2, 4),
+            attention_head_dim=(2, 3),
             addition_embed_type="text",
             addition_embed_type_num_heads=4,
             resnet_time_scale_shift="scale_shift",

@@ -10,7 +10,7 @@ from lora_pipeline.pretrained.blank import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_pipeline.toyworld.fitting import Recipe, Report, fit, load_weights, step_generator
+from lora_pipeline.toyworld.fitting import Recipe, Report, fit, load_weights, plain, step_generator
 
 KL_WEIGHT = 1e-6
 EDGE_WEIGHT = 0.5
@@ -40,7 +40,7 @@ def train_autoencoder(vae: AutoencoderKL, pixels: np.ndarray, recipe: Recipe, ch
         rows = torch.randint(len(pixels), (recipe.batch,), generator=generator)
         return reconstruction_loss(vae, to_tensor(pixels[rows.sort().values.numpy()]), generator)
 
-    average = fit(vae, loss_at, recipe, checkpoint, report)
+    average = fit(vae, plain(loss_at), recipe, checkpoint, report)
     load_weights(vae, average.weights)
     whiten(vae, to_tensor(pixels[:: max(1, len(pixels) // 2000)]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +10,9 @@ from torch import Tensor, nn
 
 from lora_pipeline.toyworld.fitting import Average, Recipe, Report, fit, step_generator
 from lora_pipeline.toyworld.muon import Muon
+from lora_pipeline.toyworld.replicas import Replicas
 
 CAPTION_DROPOUT = 0.1
-
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Latents:
@@ -45,8 +42,21 @@ class Denoiser(nn.Module):
         return prediction
 
 
-def velocity_loss(predict: Predict, latents: Latents, alphas: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity `v = sqrt(a) e - sqrt(1 - a) x` (Salimans & Ho 2022) at random timesteps.
+@dataclass(frozen=True)
+class Noised:
+    """A batch to learn from: noisy latents (n, 4, 16, 16), timesteps (n,), tokens (n, 24), velocities like the latents."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    tokens: Tensor
+    velocity: Tensor
+
+    def part(self, rows: slice) -> Noised:
+        return Noised(self.noisy[rows], self.timesteps[rows], self.tokens[rows], self.velocity[rows])
+
+
+def noised(latents: Latents, alphas: Tensor, rows: Tensor, generator: torch.Generator) -> Noised:
+    """Pictures `rows` at random timesteps, and their velocity `v = sqrt(a) e - sqrt(1 - a) x` (Salimans & Ho 2022).
 
     alphas: (1000,) cumulative products of the noise schedule. Timesteps are stratified over the batch, which removes
     most of the loss's variance between batches.
@@ -55,25 +65,33 @@ def velocity_loss(predict: Predict, latents: Latents, alphas: Tensor, rows: Tens
     unit = torch.randn((2, count, *latents.mean.shape[1:]), generator=generator)
     strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     timesteps = (strata * len(alphas)).long()
-    tokens = latents.tokens[rows]
     unsaid = torch.rand(count, generator=generator) < CAPTION_DROPOUT
-    tokens = torch.where(unsaid[:, None], latents.empty, tokens)
+    tokens = torch.where(unsaid[:, None], latents.empty, latents.tokens[rows])
     clean = latents.mean[rows].float() + latents.deviation[rows].float() * unit[0]
     signal = alphas[timesteps].sqrt()[:, None, None, None]
     noise = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
-    prediction = predict(signal * clean + noise * unit[1], timesteps, tokens)
-    return (prediction - (signal * unit[1] - noise * clean)).square().mean()
+    return Noised(signal * clean + noise * unit[1], timesteps, tokens, signal * unit[1] - noise * clean)
+
+
+def velocity_loss(model: nn.Module, batch: Noised) -> Tensor:
+    """Mean squared error of the predicted velocity."""
+    error: Tensor = model(batch.noisy, batch.timesteps, batch.tokens) - batch.velocity
+    return error.square().mean()
 
 
 def train_denoiser(
-    model: nn.Module, latents: Latents, alphas: Tensor, recipe: Recipe, checkpoint: Path, report: Report,
-    predict: Predict | None = None,
+    model: nn.Module, latents: Latents, alphas: Tensor, recipe: Recipe, checkpoint: Path, report: Report, shards: int,
 ) -> Average:  # fmt: skip
-    """Fit `model` (through `predict`, its compiled form, where given); returns the averaged weights."""
+    """Fit `model` with its batches cut in `shards` equal parts, a thread each; returns the averaged weights."""
+    share = recipe.batch // shards
 
-    def loss_at(step: int) -> Tensor:
-        generator = step_generator(recipe.seed, step)
-        rows = torch.randint(len(latents.mean), (recipe.batch,), generator=generator)
-        return velocity_loss(predict or model, latents, alphas, rows, generator)
+    with Replicas(model, shards) as replicas:
 
-    return fit(model, loss_at, recipe, checkpoint, report, make_optimiser=Muon)
+        def backward(step: int) -> float:
+            generator = step_generator(recipe.seed, step)
+            rows = torch.randint(len(latents.mean), (share * shards,), generator=generator)
+            batch = noised(latents, alphas, rows, generator)
+            # Every shard sees all noise levels: strata run along the batch, so shards take every n-th picture.
+            return replicas.backward(lambda replica, n: velocity_loss(replica, batch.part(slice(n, None, shards))))
+
+        return fit(model, backward, recipe, checkpoint, report, make_optimiser=Muon)

@@ -25,6 +25,7 @@ AVERAGE_DECAY = 0.999
 WARM_UP_STEPS = 200
 
 Report = Callable[[int, float], None]
+Backward = Callable[[int], float]  # leaves the gradients of a step's loss in the model and returns the loss
 
 
 def step_generator(seed: int, step: int, purpose: int = 0) -> torch.Generator:
@@ -61,13 +62,13 @@ class Average:
     """An exponential moving average of the weights; early steps count less, so that the start is forgotten."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.live = dict(model.named_parameters())
+        self.weights = {name: weight.detach().clone() for name, weight in self.live.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         decay = min(AVERAGE_DECAY, (step + 1) / (step + 10))
-        current = dict(model.named_parameters())
-        torch._foreach_lerp_(list(self.weights.values()), [current[name] for name in self.weights], 1 - decay)
+        torch._foreach_lerp_(list(self.weights.values()), [self.live[name] for name in self.weights], 1 - decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -119,11 +120,24 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
 
 
+def plain(loss_at: Callable[[int], Tensor]) -> Backward:
+    """The gradients of one loss, taken in one piece."""
+
+    def backward(step: int) -> float:
+        loss = loss_at(step)
+        loss.backward()
+        return float(loss.detach())
+
+    return backward
+
+
 def fit(
-    model: nn.Module, loss_at: Callable[[int], Tensor], recipe: Recipe, checkpoint: Path, report: Report,
+    model: nn.Module, backward: Backward, recipe: Recipe, checkpoint: Path, report: Report,
     make_optimiser: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw,
 ) -> Average:  # fmt: skip
-    """Minimise `loss_at(step)` over `recipe.steps` steps, resuming from `checkpoint` where it exists.
+    """Minimise the loss whose gradients `backward(step)` leaves, over `recipe.steps` steps.
+
+    Resumes from `checkpoint` where it exists.
 
     Returns the averaged weights; `model` itself is left with the last live ones.
     """
@@ -135,13 +149,12 @@ def fit(
     for step in range(start, recipe.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        loss = loss_at(step)
-        loss.backward()
+        loss = backward(step)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        average.update(model, step)
-        report(step + 1, float(loss.detach()))
+        average.update(step)
+        report(step + 1, loss)
         last = step + 1 == recipe.steps
         if last or time.monotonic() - saved > CHECKPOINT_SECONDS:
             save_checkpoint(checkpoint, model, average, optimiser, step + 1)

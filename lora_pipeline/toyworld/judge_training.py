@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_pipeline.toyworld.fitting import Recipe, Report, fit, load_weights, step_generator
+from lora_pipeline.toyworld.fitting import Recipe, Report, fit, load_weights, plain, step_generator
 from lora_pipeline.toyworld.judge import Answers, Judge, blank_judge, load_judge, save_judge, to_tensor
 from lora_pipeline.toyworld.judge_card import FRESH, card, measure
 from lora_pipeline.toyworld.judge_pool import Counts, Pool, Reconstruct, gather
@@ -99,4 +99,4 @@ def fit_judge(judge: Judge, pool: Pool, recipe: Recipe, checkpoint: Path, report
             images, labels = mirrored(images, labels)
         return loss_of(judge(images), labels)
 
-    load_weights(judge, fit(judge, loss_at, recipe, checkpoint, report).weights)
+    load_weights(judge, fit(judge, plain(loss_at), recipe, checkpoint, report).weights)

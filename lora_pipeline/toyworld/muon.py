@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,17 +21,18 @@ UPDATE_SIZE = 0.2
 BETAS = (0.9, 0.99)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the paper's quintic: steep at 0, within 0.7..1.2 near 1
 ITERATIONS = 5
+THREADS = 4
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """(n, rows, columns) with their singular values moved to about one, by Newton-Schulz iteration."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """(rows, columns) with its singular values moved to about one, by Newton-Schulz iteration."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm() + 1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -45,12 +47,13 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, weight_decay: float) -> None:
         named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        hidden = sorted((w for n, w in named if is_hidden(n, w)), key=lambda w: tuple(w.flatten(1).shape))
+        hidden = sorted((w for n, w in named if is_hidden(n, w)), key=lambda w: -w.numel())
         others = [w for n, w in named if not is_hidden(n, w)]
         groups: Iterable[dict[str, Any]] = [
             {"params": hidden, "orthogonal": True},
             {"params": others, "orthogonal": False},
         ]
+        self.pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,))
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -64,19 +67,16 @@ class Muon(torch.optim.Optimizer):
                 self._step_others(weights, group["lr"])
 
     def _step_hidden(self, weights: list[Tensor], rate: float) -> None:
-        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
-        for weight in weights:
-            by_shape.setdefault(tuple(weight.flatten(1).shape), []).append(weight)
-        for shape, group in by_shape.items():
-            updates = []
-            for weight in group:
-                assert weight.grad is not None
+        def move(weight: Tensor) -> None:
+            assert weight.grad is not None
+            with torch.no_grad():
                 momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
                 momentum.mul_(MOMENTUM).add_(weight.grad)
-                updates.append((weight.grad + MOMENTUM * momentum).flatten(1))
-            moves = orthogonalised(torch.stack(updates))
-            for weight, move in zip(group, moves, strict=True):
-                weight.add_(move.view(weight.shape), alpha=-rate * UPDATE_SIZE * math.sqrt(max(shape)))
+                matrix = weight.grad.add(momentum, alpha=MOMENTUM).flatten(1)
+                size = rate * UPDATE_SIZE * math.sqrt(max(matrix.shape))
+                weight.add_(orthogonalised(matrix).reshape(weight.shape), alpha=-size)
+
+        list(self.pool.map(move, weights))
 
     def _step_others(self, weights: list[Tensor], rate: float) -> None:
         for weight in weights:
