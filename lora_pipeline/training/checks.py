@@ -1,0 +1,85 @@
+"""What is refused before the first step, so that no minute is spent on a run that cannot be right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lora_pipeline.data.captions import check_caption
+from lora_pipeline.errors import ParamsError
+from lora_pipeline.injection.tokens import PlaceholderEmbedding
+from lora_pipeline.training.phases import INVERSION, TUNING, Phase
+
+if TYPE_CHECKING:
+    from lora_pipeline.training.tuning import Task
+
+_OF_THE_CONCEPT = ("placeholder_token", "priors", "images")
+
+
+@contextmanager
+def located(concept: str) -> Iterator[None]:
+    """Gives errors about a value of a concept the value's full path in params.yaml."""
+    try:
+        yield
+    except ParamsError as error:
+        section = "" if error.where in _OF_THE_CONCEPT else "train."
+        raise ParamsError(f"concepts.{concept}.{section}{error.where}", error.problem, error.fix) from None
+
+
+def check_task(task: Task, phases: tuple[Phase, ...], tokenizer: Any) -> None:
+    """Refuses what pictures, captions and params cannot be together.
+
+    Raises:
+        ParamsError: Names the value.
+        CorruptError: Names the picture whose caption lacks the placeholder.
+    """
+    params, learning = task.params, {phase.name for phase in phases}
+    if not task.examples:
+        raise ParamsError("images", "there is no picture to learn from", "run lora-pipe preprocess for this concept")
+    if TUNING in learning and params.prior_weight > 0 and not task.priors:
+        fix = "set priors.count above 0, or prior_weight to 0"
+        raise ParamsError("prior_weight", f"is {params.prior_weight}, and there are no class pictures", fix)
+    if TUNING in learning and not [*params.unet_targets, *params.text_encoder_targets]:
+        raise ParamsError("unet_targets", "names no layer", 'name some, such as "*attn*.to_q"')
+    if INVERSION in learning:
+        if task.token is None:
+            fix = "give the concept a placeholder_token such as <zorp>, or use method lora"
+            raise ParamsError("placeholder_token", f"is null, and method {params.method} learns it", fix)
+        check_initializer(tokenizer, params.initializer)
+    for example in task.examples:
+        check_caption(str(example.image), example.caption, task.token, None)
+
+
+def check_initializer(tokenizer: Any, initializer: str) -> None:
+    """Refuses words the base does not know: rows started from pieces of words start from noise.
+
+    Raises:
+        ParamsError: No word, or one that is not a single token.
+    """
+    words = re.findall(r"\S+", initializer)
+    if not words:
+        raise ParamsError("initializer", "holds no word", "use a word the base knows, such as the class noun")
+    for word in words:
+        ids = tokenizer(word, add_special_tokens=False, padding=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            problem = f"{word!r} is not one token of this base"
+            raise ParamsError("initializer", problem, "use a word the base knows, such as the class noun")
+
+
+def check_visible(embedding: PlaceholderEmbedding, captions: dict[str, list[int]]) -> None:
+    """Refuses captions so long that the tokenizer cuts the placeholder off.
+
+    Args:
+        embedding: The placeholder's.
+        captions: Each caption's token ids, as the text encoder gets them.
+
+    Raises:
+        ParamsError: Names the caption.
+    """
+    wanted = set(range(embedding.first_id, embedding.first_id + len(embedding.rows)))
+    for caption, ids in captions.items():
+        if not wanted <= set(ids):
+            problem = f"{embedding.token} is cut off in the caption {caption!r:.120}"
+            raise ParamsError("placeholder_token", problem, "name the concept earlier in the caption")

@@ -1,0 +1,107 @@
+"""`lora-pipe train`: a concept is learnt from its pictures."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_pipeline.params import load_params
+from stages._stage import entry, stage
+
+if TYPE_CHECKING:
+    from lora_pipeline.adapters.adapter import Adapter
+    from lora_pipeline.params import ConceptParams
+    from lora_pipeline.pretrained.components import Components
+
+PARAMS = Path("params.yaml")
+SAMPLE_SEEDS = (0, 1, 2, 3)
+
+
+def train(
+    concept: Annotated[str, typer.Option(help="A concept of params.yaml.")],
+    base: Annotated[Path, typer.Option(help="The base to train on, a diffusers folder.")],
+    images: Annotated[Path, typer.Option(help="The folder `preprocess` wrote.")],
+    priors: Annotated[Path, typer.Option(help="The folder `priors` wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Learn a concept; a killed run goes on at its last checkpoint and ends in the same bytes.
+
+    Examples:
+
+        lora-pipe train --concept zorp --base models/base --images data/processed/zorp --priors data/priors/zorp --out tuned
+
+        dvc repro train@zorp
+
+        dvc repro --single-item --force train@zorp
+    """
+    from lora_pipeline.adapters import save_adapter
+    from lora_pipeline.adapters.adapter import Adapter
+    from lora_pipeline.adapters.fingerprint import base_fingerprint
+    from lora_pipeline.data.dataset import content_hash, read_examples
+    from lora_pipeline.pretrained.components import load_components
+    from lora_pipeline.training.curve import draw_losses, write_losses
+    from lora_pipeline.training.phases import phases_of
+    from lora_pipeline.training.tuning import Task, tune
+
+    params = load_params(PARAMS)
+    section = entry(params.concepts, "concepts", concept)
+    settings = {"seed": params.seed, "concept": section.model_dump(mode="json")}
+    task = Task(
+        concept, section.placeholder_token, read_examples(images), read_examples(priors), section.train, params.seed
+    )
+    with stage("train", concept, out=out, inputs=[base, images, priors], section=settings) as run:
+        components = load_components(base)
+        total = sum(phase.steps for phase in phases_of(section.train))
+        with run.progress(total, "steps") as advance:
+
+            def report(step: int, values: dict[str, float]) -> None:
+                advance(step)
+                for name, value in values.items():
+                    run.tracker.metric(name, value, step)
+
+            tuned = tune(components, task, run.work, report)
+        provenance = {
+            "base": base_fingerprint(base),
+            "code": version("lora-pipeline"),
+            "data": content_hash(task.examples),
+            "kind": "tuned",
+            "params": settings,
+            "parents": [],
+            "priors": content_hash(task.priors),
+        }
+        adapter = Adapter(tuned.factors, tuned.embeddings, provenance)
+        run.building.mkdir(parents=True, exist_ok=True)
+        save_adapter(adapter, run.building / "tuned.safetensors")
+        write_losses(tuned.losses, run.building / "loss.csv")
+        draw_losses(tuned.losses, run.building / "loss.png")
+        draw_samples(components, adapter, section, run.building / "samples.png")
+
+
+def draw_samples(components: Components, adapter: Adapter, section: ConceptParams, path: Path) -> None:
+    """Renders the concept's sample prompt from a few seeds, with the settings its class pictures have."""
+    from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
+    from lora_pipeline.injection.inject import inject_adapter
+    from lora_pipeline.injection.tokens import add_placeholder
+    from lora_pipeline.rendering.sampling import sample
+    from lora_pipeline.rendering.sheet import contact_sheet
+
+    for token, rows in adapter.embeddings.items():
+        add_placeholder(components.tokenizer, components.text_encoder, token, rows)
+    inject_adapter(components.unet, UNET, adapter, "tuned")
+    inject_adapter(components.text_encoder, TEXT_ENCODER, adapter, "tuned")
+    prompts = [section.train.sample_prompt] * len(SAMPLE_SEEDS)
+    images = sample(
+        components,
+        prompts,
+        SAMPLE_SEEDS,
+        steps=section.priors.steps,
+        guidance_scale=section.priors.guidance_scale,
+        negative_prompt="",
+        weights_at=None,
+        batch=len(SAMPLE_SEEDS),
+    )
+    sheet = contact_sheet(images, [section.train.sample_prompt], [f"seed {seed}" for seed in SAMPLE_SEEDS])
+    sheet.save(path, format="PNG")
