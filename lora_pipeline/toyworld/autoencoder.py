@@ -19,7 +19,7 @@ SMALLEST_DEVIATION = 0.05  # a latent direction that died is not blown up to uni
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 (n, 64, 64, 3) to float32 (n, 3, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32)) / 127.5 - 1
 
 
 def reconstruction_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,3 +76,14 @@ def psnr(vae: AutoencoderKL, images: Tensor) -> float:
     """Peak signal-to-noise ratio of reconstructions from posterior means, dB."""
     decoded = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample.clamp(-1, 1) for b in images.split(100)])
     return float(-10 * (((decoded - images) / 2) ** 2).mean().log10())
+
+
+@torch.no_grad()
+def reconstructed(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
+    """Pictures through the autoencoder and back: uint8 (n, 64, 64, 3) to the same."""
+    rebuilt = []
+    for start in range(0, len(pixels), 100):
+        latents = vae.encode(to_tensor(pixels[start : start + 100])).latent_dist.mode()
+        images = vae.decode(latents).sample.clamp(-1, 1)
+        rebuilt.append(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(rebuilt)

@@ -43,9 +43,22 @@ class BaseRecipe:
     autoencoder_composites: int
     autoencoder: Recipe
     denoiser: Recipe
+    shards: int
     seed: int = 0
 
 
+RECIPE = BaseRecipe(
+    world=100_000,
+    composites=20_000,
+    autoencoder_world=30_000,
+    autoencoder_composites=20_000,
+    autoencoder=Recipe(steps=6_500, batch=8, peak=2.5e-3),
+    denoiser=Recipe(steps=6_000, batch=48, peak=3e-3, hold=0.72),
+    shards=4,
+)
+
+
+ENCODED_AT_ONCE = 20
 Log = Callable[[str], Report]  # a reporter for the named part
 
 
@@ -72,8 +85,8 @@ def drawn(stream: str, count: int, work: Path, workers: int) -> tuple[np.ndarray
 def encoded(vae: blank.AutoencoderKL, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """Posterior means and deviations of all pictures, float16 (n, 4, 16, 16)."""
     means, deviations = [], []
-    for start in range(0, len(pixels), 200):
-        posterior = vae.encode(to_tensor(pixels[start : start + 200])).latent_dist
+    for start in range(0, len(pixels), ENCODED_AT_ONCE):
+        posterior = vae.encode(to_tensor(pixels[start : start + ENCODED_AT_ONCE])).latent_dist
         means.append(posterior.mean.half())
         deviations.append(posterior.std.half())
     return torch.cat(means), torch.cat(deviations)
@@ -83,7 +96,7 @@ def cached_latents(work: Path, recipe: BaseRecipe, vae: blank.AutoencoderKL, tok
     path = work / f"latents-{recipe.world}.safetensors"
     if not path.exists():
         pixels, captions = drawn("world", recipe.world, work, workers=os.cpu_count() or 1)
-        mean, deviation = encoded(vae, pixels)
+        mean, deviation = encoded(vae.to(memory_format=torch.channels_last), pixels)
         tensors = {"mean": mean, "deviation": deviation, "tokens": tokenise(captions), "empty": tokenise([""])[0]}
         save_file(tensors, path.with_suffix(".partial"))
         os.replace(path.with_suffix(".partial"), path)
@@ -123,7 +136,7 @@ def train_base(work: Path, out: Path, recipe: BaseRecipe, log: Log) -> None:
     scheduler = blank.blank_scheduler()
     alphas = scheduler.alphas_cumprod
     average = train_denoiser(
-        model, latents, alphas, recipe.denoiser, work / "denoiser.checkpoint", log("denoiser")
+        model, latents, alphas, recipe.denoiser, work / "denoiser.checkpoint", log("denoiser"), recipe.shards
     )
     load_weights(model, average.weights)
     blank.save_base(blank.Parts(tokenizer, model.text_encoder, vae, model.unet, scheduler), out)
