@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_pipeline.params import load_params
-from stages._stage import entry, stage
-
-PARAMS = Path("params.yaml")
+from stages._stage import PARAMS, entry, stage
 
 
 def preprocess(
@@ -31,16 +29,15 @@ def preprocess(
     from lora_pipeline.data.images import list_pictures
     from lora_pipeline.data.preprocessing import preprocess as prepare
 
+    def settings() -> dict[str, object]:
+        params = load_params(PARAMS)
+        section = entry(params.concepts, "concepts", concept)
+        told = section.model_dump(mode="json", include={"kind", "placeholder_token", "class_noun", "preprocess"})
+        return {"seed": params.seed, **told}
+
     params = load_params(PARAMS)
     section = entry(params.concepts, "concepts", concept)
     total = len(list_pictures(images))
-    settings = {
-        "seed": params.seed,
-        "kind": section.kind,
-        "placeholder_token": section.placeholder_token,
-        "class_noun": section.class_noun,
-        **section.preprocess.model_dump(mode="json"),
-    }
     with stage("preprocess", concept, out=out, inputs=[images], section=settings) as run:
         run.building.mkdir(parents=True, exist_ok=True)
         with run.progress(total, "pictures") as advance:

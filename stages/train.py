@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_pipeline.params import load_params
-from stages._stage import entry, stage
+from stages._stage import PARAMS, entry, stage
 
 if TYPE_CHECKING:
     from lora_pipeline.adapters.adapter import Adapter
     from lora_pipeline.params import ConceptParams
     from lora_pipeline.pretrained.components import Components
 
-PARAMS = Path("params.yaml")
 SAMPLE_SEEDS = (0, 1, 2, 3)
 
 
@@ -31,7 +30,7 @@ def train(
 
     Examples:
 
-        lora-pipe train --concept zorp --base models/base --images data/processed/zorp --priors data/priors/zorp --out tuned
+        lora-pipe train --concept zorp --base models/base --images processed/zorp --priors priors/zorp --out zorp
 
         dvc repro train@zorp
 
@@ -46,9 +45,14 @@ def train(
     from lora_pipeline.training.phases import phases_of
     from lora_pipeline.training.tuning import Task, tune
 
+    def settings() -> dict[str, object]:
+        params = load_params(PARAMS)
+        section = entry(params.concepts, "concepts", concept)
+        told = section.model_dump(mode="json", include={"kind", "placeholder_token", "class_noun", "priors", "train"})
+        return {"seed": params.seed, **told}
+
     params = load_params(PARAMS)
     section = entry(params.concepts, "concepts", concept)
-    settings = {"seed": params.seed, "concept": section.model_dump(mode="json")}
     task = Task(
         concept, section.placeholder_token, read_examples(images), read_examples(priors), section.train, params.seed
     )
@@ -68,7 +72,7 @@ def train(
             "code": version("lora-pipeline"),
             "data": content_hash(task.examples),
             "kind": "tuned",
-            "params": settings,
+            "params": settings(),
             "parents": [],
             "priors": content_hash(task.priors),
         }

@@ -70,7 +70,8 @@ def load_pixels(examples: Sequence[Example]) -> Tensor:
     pictures = [open_picture(example.image) for example in examples]
     for example, picture in zip(examples, pictures, strict=True):
         if picture.size != pictures[0].size:
-            problem = f"is {picture.size[0]} x {picture.size[1]}, the others {pictures[0].size[0]} x {pictures[0].size[1]}"
+            sizes = [f"{width} x {height}" for width, height in (picture.size, pictures[0].size)]
+            problem = f"is {sizes[0]}, the others {sizes[1]}"
             raise CorruptError(str(example.image), problem, "make the pictures again with one preprocess.resolution")
     pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0

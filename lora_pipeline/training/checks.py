@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lora_pipeline.data.captions import check_caption
 from lora_pipeline.errors import ParamsError
-from lora_pipeline.injection.tokens import PlaceholderEmbedding
 from lora_pipeline.training.phases import INVERSION, TUNING, Phase
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ def located(concept: str) -> Iterator[None]:
     try:
         yield
     except ParamsError as error:
+        if " " in error.where:  # a prompt, not a key
+            raise
         section = "" if error.where in _OF_THE_CONCEPT else "train."
         raise ParamsError(f"concepts.{concept}.{section}{error.where}", error.problem, error.fix) from None
 
@@ -66,20 +67,3 @@ def check_initializer(tokenizer: Any, initializer: str) -> None:
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             problem = f"{word!r} is not one token of this base"
             raise ParamsError("initializer", problem, "use a word the base knows, such as the class noun")
-
-
-def check_visible(embedding: PlaceholderEmbedding, captions: dict[str, list[int]]) -> None:
-    """Refuses captions so long that the tokenizer cuts the placeholder off.
-
-    Args:
-        embedding: The placeholder's.
-        captions: Each caption's token ids, as the text encoder gets them.
-
-    Raises:
-        ParamsError: Names the caption.
-    """
-    wanted = set(range(embedding.first_id, embedding.first_id + len(embedding.rows)))
-    for caption, ids in captions.items():
-        if not wanted <= set(ids):
-            problem = f"{embedding.token} is cut off in the caption {caption!r:.120}"
-            raise ParamsError("placeholder_token", problem, "name the concept earlier in the caption")

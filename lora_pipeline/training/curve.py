@@ -35,9 +35,7 @@ def draw_losses(losses: Sequence[StepLoss], path: Path) -> None:
         pen.text((_MARGIN + 100 * place, 12), phase, fill=colour)
         faint = Image.blend(Image.new("RGB", (1, 1), colour), Image.new("RGB", (1, 1), "white"), 0.7).getpixel((0, 0))
         for values, shade in (([each.loss for each in mine], faint), (_smoothed(mine), colour)):
-            points = [
-                _point(each.step / len(losses), value / top) for each, value in zip(mine, values, strict=True)
-            ]
+            points = [_point(each.step / len(losses), value / top) for each, value in zip(mine, values, strict=True)]
             pen.line(points, fill=shade, width=1 if shade == faint else 2)
     picture.save(path, format="PNG")
 

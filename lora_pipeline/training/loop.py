@@ -89,10 +89,8 @@ def train(stretches: Sequence[Stretch], work: Path, checkpoint_every: int, repor
             done = step + 1
             if done % checkpoint_every == 0 or done == stretch.phase.steps:
                 tensors = _state(stretches, losses)
-                tensors |= {
-                    f"optimiser.{name}": each
-                    for name, each in optimiser_tensors(optimiser, stretch.parameters).items()
-                }
+                moments = optimiser_tensors(optimiser, stretch.parameters)
+                tensors |= {f"optimiser.{name}": tensor for name, tensor in moments.items()}
                 save_checkpoint(work, len(losses), Position(number, done), tensors)
     return [StepLoss(step, phase, loss) for step, (phase, loss) in enumerate(zip(phases, losses, strict=True), 1)]
 
@@ -104,9 +102,7 @@ def _let_learn(stretches: Sequence[Stretch], learning: Stretch) -> None:
             parameter.requires_grad_(stretch is learning)
 
 
-def _take_step(
-    stretch: Stretch, optimiser: torch.optim.Optimizer, loss_at: LossAt, step: int
-) -> dict[str, float]:
+def _take_step(stretch: Stretch, optimiser: torch.optim.Optimizer, loss_at: LossAt, step: int) -> dict[str, float]:
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(stretch.phase, step)
     loss = loss_at(step)

@@ -42,7 +42,8 @@ def guard_norms(rows: Tensor, largest: float) -> None:
 def optimiser_tensors(optimiser: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
     """The optimiser's state by `<parameter>/<entry>`; names come in its parameters' order."""
     state = optimiser.state_dict()["state"]
-    return {f"{name}/{entry}": state[index][entry] for index, name in enumerate(names) for entry in state.get(index, {})}
+    named = {name: state.get(index, {}) for index, name in enumerate(names)}
+    return {f"{name}/{entry}": tensor for name, entries in named.items() for entry, tensor in entries.items()}
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from lora_pipeline.data.dataset import Example
 from lora_pipeline.injection import inject, tokens
 from lora_pipeline.pretrained.encoding import encode_prompts, tokenize
 from lora_pipeline.training.batches import EncodedExample, Sampler, encode_examples
-from lora_pipeline.training.checks import check_task, check_visible, located
+from lora_pipeline.training.checks import check_task, located
 from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.loop import LossAt, Report, StepLoss, Stretch, train
 from lora_pipeline.training.objective import denoising_loss, schedule_of
@@ -91,6 +91,7 @@ def tune(components: Components, task: Task, work: Path, report: Report) -> Tune
         embedding = _add_token(mine, task) if INVERSION in learning else None
         if TUNING in learning:
             _add_branches(mine, task)
+        tokenize(mine, [example.caption for example in (*task.examples, *task.priors)])  # refuses those too long
         pools = encode_examples(mine.vae, task.examples), encode_examples(mine.vae, task.priors)
         stretches = [_stretch(mine, task, phase, pools, embedding) for phase in phases]
         losses = train(stretches, work, task.params.checkpoint_every, report)
@@ -115,10 +116,7 @@ def private(components: Components) -> Iterator[Components]:
 def _add_token(mine: Components, task: Task) -> tokens.PlaceholderEmbedding:
     assert task.token is not None
     rows = tokens.initial_rows(mine.tokenizer, mine.text_encoder, task.params.initializer, task.params.vectors)
-    embedding = tokens.add_placeholder(mine.tokenizer, mine.text_encoder, task.token, rows)
-    captions = [example.caption for example in task.examples]
-    check_visible(embedding, dict(zip(captions, tokenize(mine, captions).tolist(), strict=True)))
-    return embedding
+    return tokens.add_placeholder(mine.tokenizer, mine.text_encoder, task.token, rows)
 
 
 def _add_branches(mine: Components, task: Task) -> None:
@@ -187,7 +185,7 @@ def cached(mine: Components, captions: Sequence[str]) -> Condition:
 
 def loss_of(mine: Components, sampler: Sampler, condition: Condition) -> LossAt:
     """The loss of a step: instances and priors go through the UNet together."""
-    schedule, device = schedule_of(mine.scheduler), mine.unet.device
+    schedule = schedule_of(mine.scheduler)
 
     def predict(noisy: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
         noisy = noisy.contiguous(memory_format=torch.channels_last)
@@ -195,10 +193,8 @@ def loss_of(mine: Components, sampler: Sampler, condition: Condition) -> LossAt:
 
     def loss_at(step: int) -> Tensor:
         batch = sampler.batch(step)
-        latents, noise, timesteps, weights = (
-            tensor.to(device) for tensor in (batch.latents, batch.noise, batch.timesteps, batch.weights)
-        )
-        conditioning = condition(batch.captions)
-        return denoising_loss(predict, schedule, latents, conditioning, noise, timesteps, weights).sum()
+        return denoising_loss(
+            predict, schedule, batch.latents, condition(batch.captions), batch.noise, batch.timesteps, batch.weights
+        ).sum()
 
     return loss_at

@@ -146,16 +146,16 @@ def test_broken_metadata_is_refused(raw: Path, tmp_path: Path, row: str) -> None
     run(raw, tmp_path / "a", concept())
     with (tmp_path / "a" / "metadata.jsonl").open("a") as file:
         file.write(row)
-    with pytest.raises(CorruptError, match="metadata.jsonl:3"):
+    with pytest.raises(CorruptError, match=r"metadata\.jsonl:3"):
         read_examples(tmp_path / "a")
 
 
 def test_missing_parts_of_a_dataset_are_named(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="metadata.jsonl"):
+    with pytest.raises(MissingError, match=r"metadata\.jsonl"):
         read_examples(raw)
     run(raw, tmp_path / "a", concept())
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "001.png")
-    with pytest.raises(CorruptError, match=r"001.png: is 8 x 8"):
+    with pytest.raises(CorruptError, match=r"001\.png: is 8 x 8"):
         load_pixels(read_examples(tmp_path / "a"))
     (tmp_path / "a" / "001.png").unlink()
     with pytest.raises(MissingError, match=r"001\.png"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_pipeline.training.draws import generator_for
-from lora_pipeline.training.loop import Stretch, train
+from lora_pipeline.training.loop import LossAt, Stretch, train
 from lora_pipeline.training.optimisation import guard_norms
 from lora_pipeline.training.phases import INVERSION, TUNING, Phase
 
@@ -25,18 +25,19 @@ WRITES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.replace"
 def run(work: Path, out: Path) -> None:
     rows, matrix = nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.zeros(4, 4))
 
-    def enter(phase: str) -> object:
+    def enter(phase: str) -> LossAt:
         def loss_at(step: int) -> Tensor:
             noise = torch.randn(8, 4, generator=generator_for(1, phase, step, "noise"))
             return (noise @ matrix + rows.sum(dim=0) - noise.roll(1, dims=1)).square().mean()
 
         return loss_at
 
+    first, second = Phase(INVERSION, 4, 0.1, True, 0.0, 0.0), Phase(TUNING, 5, 0.1, False, 0.0, 0.0)
     stretches = [
-        Stretch(Phase(INVERSION, 4, 0.1, True, 0.0, 0.0), {"rows": rows}, lambda: enter(INVERSION), lambda: guard_norms(rows, 1.5)),
-        Stretch(Phase(TUNING, 5, 0.1, False, 0.0, 0.0), {"matrix": matrix}, lambda: enter(TUNING), lambda: None),
-    ]  # fmt: skip
-    losses = train(stretches, work, 2, lambda step, values: None)
+        Stretch(first, {"rows": rows}, lambda: enter(INVERSION), lambda: guard_norms(rows, 1.5)),
+        Stretch(second, {"matrix": matrix}, lambda: enter(TUNING), lambda: None),
+    ]
+    losses = train(stretches, work, 2, lambda _, __: None)
     contents = rows.detach().numpy().tobytes() + matrix.detach().numpy().tobytes() + repr(losses).encode()
     out.write_text(hashlib.sha256(contents).hexdigest())
 
