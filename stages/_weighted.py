@@ -42,6 +42,10 @@ def named(folder: Path, weights: Mapping[str, float]) -> list[Weighted]:
     return [(folder / f"{name}.safetensors", weight) for name, weight in sorted(weights.items())]
 
 
+def by_name(weighted: Sequence[Weighted]) -> dict[str, float]:
+    return {path.stem: weight for path, weight in weighted}
+
+
 def load_parts(weighted: Sequence[Weighted]) -> list[Part]:
     """Loads adapters; each is named after its file."""
     from lora_pipeline.adapters import load_adapter

@@ -9,10 +9,8 @@ import typer
 
 from lora_pipeline.errors import UsageError
 from lora_pipeline.params import load_params
-from stages._stage import entry, stage
-from stages._weighted import load_parts, named, parse_weighted
-
-PARAMS = Path("params.yaml")
+from stages._stage import PARAMS, entry, stage
+from stages._weighted import Weighted, by_name, load_parts, named, parse_weighted
 
 
 def compose(
@@ -34,13 +32,14 @@ def compose(
     from lora_pipeline.adapters import save_adapter
     from lora_pipeline.adapters.composition import compose as composed
 
-    if blend is not None and adapters is not None and not files:
-        weighted = named(adapters, entry(load_params(PARAMS).blends, "blends", blend).weights)
-    elif files and blend is None and adapters is None:
-        weighted = parse_weighted(files)
-    else:
+    if not ((blend and adapters and not files) or (files and not blend and not adapters)):
         raise UsageError("compose", "needs either --blend and --adapters, or files", "see lora-pipe compose --help")
-    section = {path.stem: weight for path, weight in weighted}
-    inputs = [path for path, _ in weighted]
-    with stage("compose", blend or out.stem, out=out, inputs=inputs, section=section) as run:
-        save_adapter(composed(load_parts(weighted)), run.building)
+
+    def weighted() -> list[Weighted]:
+        if blend and adapters:
+            return named(adapters, entry(load_params(PARAMS).blends, "blends", blend).weights)
+        return parse_weighted(files or [])
+
+    inputs = [path for path, _ in weighted()]
+    with stage("compose", blend or out.stem, out=out, inputs=inputs, section=lambda: by_name(weighted())) as run:
+        save_adapter(composed(load_parts(weighted())), run.building)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_pipeline.params import load_params
-from stages._stage import entry, stage
+from stages._stage import PARAMS, entry, stage
 
-PARAMS = Path("params.yaml")
+if TYPE_CHECKING:
+    from lora_pipeline.params import ConceptParams
 
 
 def extract(
@@ -35,9 +36,12 @@ def extract(
     from lora_pipeline.adapters.extraction import extract as take
     from lora_pipeline.adapters.fingerprint import base_fingerprint
 
-    section = entry(load_params(PARAMS).concepts, "concepts", concept)
+    def settings() -> ConceptParams:
+        return entry(load_params(PARAMS).concepts, "concepts", concept)
+
+    section = settings()
     source = tuned / "tuned.safetensors"
-    with stage("extract", concept, out=out, inputs=[source, base], section=section.extract) as run:
+    with stage("extract", concept, out=out, inputs=[source, base], section=lambda: settings().model_dump(mode="json")) as run:
         trained = load_adapter(source)
         provenance = {
             "code": version("lora-pipeline"),

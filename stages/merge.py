@@ -9,10 +9,8 @@ import typer
 
 from lora_pipeline.errors import UsageError
 from lora_pipeline.params import load_params
-from stages._stage import entry, stage
-from stages._weighted import load_parts, named, parse_weighted
-
-PARAMS = Path("params.yaml")
+from stages._stage import PARAMS, entry, stage
+from stages._weighted import Weighted, by_name, load_parts, named, parse_weighted
 
 
 def merge(
@@ -37,14 +35,20 @@ def merge(
     """
     from lora_pipeline.adapters.merging import merge as merged
 
-    if name is not None and adapters is not None and not files and dtype is None:
-        section = entry(load_params(PARAMS).merges, "merges", name)
-        weighted, dtype = named(adapters, section.weights), section.dtype
-    elif files and name is None and adapters is None:
-        weighted = parse_weighted(files)
-    else:
+    if not ((name and adapters and not files and not dtype) or (files and not name and not adapters)):
         raise UsageError("merge", "needs either --name and --adapters, or files", "see lora-pipe merge --help")
-    settings = {"dtype": dtype, "weights": {path.stem: weight for path, weight in weighted}}
+
+    def recipe() -> tuple[list[Weighted], str | None]:
+        if name and adapters:
+            section = entry(load_params(PARAMS).merges, "merges", name)
+            return named(adapters, section.weights), section.dtype
+        return parse_weighted(files or []), dtype
+
+    def settings() -> dict[str, object]:
+        weighted, kind = recipe()
+        return {"dtype": kind, "weights": by_name(weighted)}
+
+    weighted, kind = recipe()
     inputs = [base, *(path for path, _ in weighted)]
     with stage("merge", name or out.name, out=out, inputs=inputs, section=settings) as run:
-        merged(base, load_parts(weighted), run.building, dtype)
+        merged(base, load_parts(weighted), run.building, kind)

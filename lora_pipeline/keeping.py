@@ -1,0 +1,158 @@
+"""Outs that appear whole, one writer at a time, from inputs that held still.
+
+DVC hashes inputs after a command ends and trusts whatever outs it finds, so a stage guards itself: it locks its outs,
+builds them under other names, checks that what it read has not changed, and only then renames.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_pipeline.errors import BusyError, MissingError, ParamsError
+
+WORK = Path(".work")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where a stage builds.
+
+    building: a temporary sibling of each out, in the order of the outs; nothing is there yet.
+    work: a folder for checkpoints, the same for the same inputs; it outlives a killed run and goes when the outs stand.
+    """
+
+    building: tuple[Path, ...]
+    work: Path
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content(path: Path) -> list[tuple[str, str]]:
+    """Relative name and sha256 of each file in `path` (a file or a folder), sorted.
+
+    Raises:
+        MissingError: There is no such file or folder.
+    """
+    if path.is_file():
+        return [(path.name, file_digest(path))]
+    if not path.is_dir():
+        raise MissingError(str(path), "there is no such file or folder", "run the stage that makes it: dvc repro")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return [(p.relative_to(path).as_posix(), file_digest(p)) for p in files]
+
+
+def content_key(section: object, inputs: Sequence[Path]) -> str:
+    """A sha256 over JSON-like `section` and the contents of `inputs`."""
+    told = {"section": section, "inputs": [content(path) for path in inputs]}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def die_with_parent() -> None:
+    """Be killed when the parent is: a killed `dvc` must not leave a writer behind that the next one races."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def locked(name: str, root: Path) -> Iterator[None]:
+    """Hold the lock `name` of the project at `root`; the system lets go of it however the process ends.
+
+    Raises:
+        BusyError: Another process holds it.
+    """
+    folder = root / WORK / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / hashlib.sha256(name.encode()).hexdigest()[:16]).open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BusyError(name, "another process is writing it", "wait for it to end, or stop it") from error
+        yield
+
+
+def discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sibling(out: Path, purpose: str) -> Path:
+    """A hidden name beside `out` with its suffix: `a/b.json` and `new` give `a/.b.new.json`."""
+    return out.with_name(f".{out.stem}.{purpose}{out.suffix}")
+
+
+def put_in_place(built: Path, out: Path) -> None:
+    """Rename `built` to `out`. A folder cannot be renamed over another, so an old one steps aside first."""
+    old = sibling(out, "old")
+    discard(old)
+    if out.is_dir():
+        out.rename(old)
+    built.replace(out)
+    discard(old)
+
+
+def recover(out: Path) -> None:
+    """Undo a kill between the two renames of `put_in_place`."""
+    old = sibling(out, "old")
+    if old.exists() and not out.exists():
+        old.rename(out)
+
+
+@contextmanager
+def kept(
+    name: str, outs: Sequence[Path], inputs: Sequence[Path], section: Callable[[], object], root: Path,
+) -> Iterator[Keep]:  # fmt: skip
+    """Build `outs` inside the block; they appear when it ends well, and stay as they were when it does not.
+
+    Args:
+        name: The stage instance, as `train@zorp`.
+        outs: Files or folders to build.
+        inputs: Files or folders that are read.
+        section: Reads the parameters again; what it gave at the start must still hold at the end.
+        root: The project's folder.
+
+    Raises:
+        BusyError: Another process builds the same out.
+        MissingError: An input is not there.
+        ParamsError: The inputs or the parameters changed while the block ran.
+    """
+    with locked(str(outs[0].absolute()), root):
+        for out in outs:
+            recover(out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+        before = content_key(section(), inputs)
+        keep = Keep(tuple(sibling(out, "new") for out in outs), root / WORK / name.replace("@", "/") / before[:32])
+        for path in keep.building:
+            discard(path)
+        keep.work.mkdir(parents=True, exist_ok=True)
+        try:
+            yield keep
+            if content_key(section(), inputs) != before:
+                fix = f"run it again: dvc repro {name}"
+                raise ParamsError(name, "its inputs or parameters changed while it ran; nothing was recorded", fix)
+            for path, out in zip(keep.building, outs, strict=True):
+                put_in_place(path, out)
+        finally:
+            for path in keep.building:
+                discard(path)
+        shutil.rmtree(keep.work, ignore_errors=True)
