@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import click
-
-from lora_pipeline.errors import PipelineError, ResourceError, Stopped
+from lora_pipeline.errors import PipelineError, ResourceError, Stopped, UsageError
 
 # Verb: what `lora-pipe --help` says of it. The verb's module is stages/<verb>.py and its function has its name.
 VERBS = {
@@ -40,72 +38,71 @@ BASE_VERBS = {
 LOG = Path(".work/error.log")
 
 
-class LazyGroup(click.Group):
-    """A group that knows its verbs' one-line help and loads a verb's module when it is called."""
+INTRODUCTION = """\
+Personalise Stable Diffusion by reproducible stages. `dvc repro` runs them all; each runs alone, too.
 
-    def __init__(self, verbs: dict[str, str], load: Callable[[str], click.Command], **options: Any) -> None:
-        super().__init__(**options)
-        self.verbs = verbs
-        self.load = load
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's interface
-        return list(self.verbs)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        return self.load(cmd_name) if cmd_name in self.verbs else None
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl(list(self.verbs.items()))
-
-
-def command(module: str, function: str, name: str) -> click.Command:
-    """The typer function `function` of `stages.<module>` as a click command."""
-    import typer
-
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name)(getattr(importlib.import_module(f"stages.{module}"), function))
-    return typer.main.get_command(app)
-
-
-def verb(name: str) -> click.Command:
-    if name == "base":
-        load: Callable[[str], click.Command] = lambda inner: command("base", f"base_{inner}", inner)  # noqa: E731
-        return LazyGroup(BASE_VERBS, load, name=name, help=VERBS[name])
-    return command(name, name, name)
-
-
-app = LazyGroup(
-    VERBS,
-    verb,
-    name="lora-pipe",
-    params=[click.Option(["--debug"], is_flag=True, help="Show the traceback of an error.")],
-    help="""Personalise Stable Diffusion by reproducible stages. `dvc repro` runs them all; each runs alone, too.
-
-\b
   lora-pipe check
   lora-pipe compose zorp.safetensors=0.7 sticker.safetensors=0.5 --out both.safetensors
   lora-pipe inspect both.safetensors
-""",
-)
+"""
+
+
+def listing(group: str, introduction: str, verbs: dict[str, str]) -> str:
+    """The help of a group of commands, told without loading any of them."""
+    lines = [f"Usage: {group} COMMAND [OPTIONS]", "", introduction, "Commands:"]
+    lines += [f"  {name:<12}{words}" for name, words in verbs.items()]
+    lines += ["", f"`{group} COMMAND --help` shows a command's options and examples; --debug its tracebacks."]
+    return "\n".join(lines)
+
+
+def run(module: str, function: str, name: str, arguments: list[str]) -> None:
+    """Call the typer function `function` of `stages.<module>` with `arguments`."""
+    import typer
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(getattr(importlib.import_module(f"stages.{module}"), function))
+    app(args=arguments, prog_name=f"lora-pipe {name}")
+
+
+def dispatch(arguments: list[str]) -> None:
+    """Run the command that `arguments` name, or show help.
+
+    Raises:
+        UsageError: There is no such command.
+    """
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb == "base" and (not rest or rest[0] in BASE_VERBS or rest[0] == "--help"):
+        if rest and rest[0] in BASE_VERBS:
+            run("base", f"base_{rest[0]}", f"base {rest[0]}", rest[1:])
+        else:
+            show(listing("lora-pipe base", VERBS["base"] + "\n", BASE_VERBS))
+    elif verb in VERBS and verb != "base":
+        run(verb, verb, verb, rest)
+    elif verb in ("--help", "-h"):
+        show(listing("lora-pipe", INTRODUCTION, VERBS))
+    else:
+        unknown = rest[0] if verb == "base" else verb
+        near = difflib.get_close_matches(unknown, BASE_VERBS if verb == "base" else VERBS, n=1)
+        raise UsageError(unknown, "there is no such command", f"use {near[0]}" if near else "see lora-pipe --help")
+
+
+def show(text: str) -> None:
+    sys.stdout.write(text + "\n")
 
 
 def main() -> NoReturn:
     """Run the command line; ends the process with a documented exit code."""
-    debug = "--debug" in sys.argv
     # `--debug` is welcome anywhere on the line.
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
-        app.main(args=arguments, prog_name="lora-pipe", standalone_mode=False)
+        dispatch(arguments)
         code = 0
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = 2
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0
     except BaseException as error:  # noqa: BLE001 - the last place an error can go
-        if debug:
+        if "--debug" in sys.argv:
             traceback.print_exc()
         code = told(error)
     sys.stdout.flush()
@@ -122,20 +119,17 @@ def told(error: BaseException) -> int:
     if known is None:
         LOG.parent.mkdir(parents=True, exist_ok=True)
         LOG.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        print(f"error: lora-pipe: a bug of ours: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
-        print(f"fix: report it with {LOG}", file=sys.stderr)  # noqa: T201
-        return 1
-    print(f"error: {known.where}: {known.problem}", file=sys.stderr)  # noqa: T201
-    print(f"fix: {known.fix}", file=sys.stderr)  # noqa: T201
-    return known.exit_code
+        words = f"error: lora-pipe: a bug of ours: {type(error).__name__}: {error}\nfix: report it with {LOG}\n"
+    else:
+        words = f"error: {known.where}: {known.problem}\nfix: {known.fix}\n"
+    sys.stderr.write(words)
+    return known.exit_code if known else 1
 
 
 def recognised(error: BaseException) -> PipelineError | None:
     """What the error means to a user, or None where it means nothing to them."""
     if isinstance(error, PipelineError):
         return error
-    if isinstance(error, KeyboardInterrupt | click.Abort):
-        return Stopped(signal.SIGINT)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(str(error.filename or os.getcwd()), "no space is left on the disk", "free some and rerun")
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):

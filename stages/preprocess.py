@@ -39,7 +39,7 @@ def preprocess(
     section = entry(params.concepts, "concepts", concept)
     total = len(list_pictures(images))
     with stage("preprocess", concept, out=out, inputs=[images], section=settings) as run:
-        run.building.mkdir(parents=True, exist_ok=True)
+        run.building.mkdir(parents=True)
         with run.progress(total, "pictures") as advance:
             count = prepare(images, run.building, section, params.seed, advance)
         run.tracker.metric("pictures", count, 0)

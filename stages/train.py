@@ -53,10 +53,9 @@ def train(
 
     params = load_params(PARAMS)
     section = entry(params.concepts, "concepts", concept)
-    task = Task(
-        concept, section.placeholder_token, read_examples(images), read_examples(priors), section.train, params.seed
-    )
     with stage("train", concept, out=out, inputs=[base, images, priors], section=settings) as run:
+        pictures = read_examples(images), read_examples(priors)
+        task = Task(concept, section.placeholder_token, *pictures, section.train, params.seed)
         components = load_components(base)
         total = sum(phase.steps for phase in phases_of(section.train))
         with run.progress(total, "steps") as advance:
@@ -77,7 +76,7 @@ def train(
             "priors": content_hash(task.priors),
         }
         adapter = Adapter(tuned.factors, tuned.embeddings, provenance)
-        run.building.mkdir(parents=True, exist_ok=True)
+        run.building.mkdir(parents=True)
         save_adapter(adapter, run.building / "tuned.safetensors")
         write_losses(tuned.losses, run.building / "loss.csv")
         draw_losses(tuned.losses, run.building / "loss.png")
