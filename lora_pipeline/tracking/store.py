@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import queue
 import socket
@@ -103,6 +104,9 @@ def open_store(root: Path) -> tuple[MlflowClient, str]:
     address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
     check_reachable(address)
     from mlflow import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
     with creating(root):
         client = MlflowClient(tracking_uri=address)
