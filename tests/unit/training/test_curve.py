@@ -16,7 +16,7 @@ LOSSES = [StepLoss(step, "inversion" if step < 21 else "tuning", 1.0 if step < 2
 
 def test_the_table_holds_every_step(tmp_path: Path) -> None:
     write_losses(LOSSES, tmp_path / "loss.csv")
-    rows = list(csv.DictReader((tmp_path / "loss.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "loss.csv").read_text().splitlines()))
     assert len(rows) == 100
     assert rows[20] == {"step": "21", "phase": "tuning", "loss": "0.1"}
 
