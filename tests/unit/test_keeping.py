@@ -149,7 +149,9 @@ die_with_parent()
 print("ready", flush=True)
 time.sleep(60)
 """
-    parent = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', sys.argv[1]]).pid, flush=True); input()"
+    parent = (
+        "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', sys.argv[1]]).pid, flush=True); input()"
+    )
     command = [sys.executable, "-c", parent, child]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
