@@ -1,0 +1,1 @@
+"""Pictures from prompts, and the records that say how each was made."""

@@ -1,0 +1,146 @@
+"""Denoising: from prompts and seeds to pictures, by the base's own scheduler.
+
+Guidance: Ho & Salimans 2022, arXiv:2207.12598. The negative prompt stands where the empty one was.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from lora_pipeline.errors import ParamsError
+from lora_pipeline.pretrained.components import Components
+from lora_pipeline.pretrained.encoding import decode_latents, encode_prompts
+
+WeightsAt = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    steps: int
+    guidance_scale: float
+    negative_prompt: str
+    weights_at: WeightsAt
+
+
+@torch.inference_mode()
+def sample(  # noqa: PLR0913 - everything that decides a picture
+    components: Components,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    negative_prompt: str,
+    weights_at: WeightsAt | None,
+    batch: int,
+    advance: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Draws a picture for each prompt and seed, at the base's own size.
+
+    A picture depends on its prompt and seed, not on the pictures drawn beside it; only where `batch` differs may
+    floating point round differently.
+
+    Args:
+        components: The base, with whatever is injected into it.
+        prompts: One a picture.
+        seeds: One a picture.
+        steps: Denoising steps, from 1 to the steps the base was trained with.
+        guidance_scale: At 1 and below there is no guidance, and the negative prompt has no effect.
+        negative_prompt: What the pictures are guided away from; may be empty.
+        weights_at: Is told the progress, from 0 at the first step to 1 at the last, before every step. The prompts are
+            encoded once, after it was told 0.
+        batch: How many pictures are drawn together.
+        advance: Is told how many pictures are done.
+
+    Returns:
+        uint8 (n, height, width, 3).
+
+    Raises:
+        ParamsError: The steps are out of range, a prompt is too long, or the pictures are not finite.
+    """
+    most = components.scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise ParamsError("steps", f"is {steps}", f"use 1 to {most}")
+    settings = _Settings(steps, guidance_scale, negative_prompt, weights_at or _ignore)
+    settings.weights_at(0.0)
+    # One at a time, so that a prompt's states do not depend on the other prompts.
+    states = {prompt: encode_prompts(components, [prompt]) for prompt in {negative_prompt, *prompts}}
+    pictures = [np.empty((0, *_size(components), 3), dtype=np.uint8)]
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        pictures.append(_draw(components, states, prompts[part], seeds[part], settings))
+        if advance is not None:
+            advance(start + len(prompts[part]))
+    return np.concatenate(pictures)
+
+
+def picture_generator(seed: int, purpose: str) -> Generator:
+    """A CPU generator that depends on its two arguments and nothing else."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def initial_latents(components: Components, seeds: Sequence[int]) -> Tensor:
+    """Unit Gaussian noise (n, channels, height, width), each picture's from its own seed."""
+    config = components.unet.config
+    shape = (config.in_channels, *_latent_size(components))
+    return torch.stack([torch.randn(shape, generator=picture_generator(seed, "latents")) for seed in seeds])
+
+
+def _draw(
+    components: Components,
+    states: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: _Settings,
+) -> np.ndarray:
+    scheduler = copy.deepcopy(components.scheduler)  # it counts its steps
+    scheduler.set_timesteps(settings.steps)
+    options = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = [picture_generator(seed, "steps") for seed in seeds]
+    wanted = torch.cat([states[prompt] for prompt in prompts])
+    unwanted = states[settings.negative_prompt].expand_as(wanted)
+    latents = initial_latents(components, seeds) * scheduler.init_noise_sigma
+    last = max(1, len(scheduler.timesteps) - 1)  # some schedulers take a step more than asked
+    for index, timestep in enumerate(scheduler.timesteps):
+        settings.weights_at(index / last)
+        model_input = scheduler.scale_model_input(latents, timestep)
+        if settings.guidance_scale > 1:
+            both = torch.cat([unwanted, wanted])
+            away, towards = components.unet(torch.cat([model_input] * 2), timestep, both).sample.chunk(2)
+            prediction = away + settings.guidance_scale * (towards - away)
+        else:
+            prediction = components.unet(model_input, timestep, wanted).sample
+        latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+    return _to_bytes(decode_latents(components.vae, latents))
+
+
+def _to_bytes(images: Tensor) -> np.ndarray:
+    if not bool(images.isfinite().all()):
+        raise ParamsError("weights", "made the pictures overflow", "lower the weights or the guidance scale")
+    return ((images + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _latent_size(components: Components) -> tuple[int, int]:
+    size = components.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _size(components: Components) -> tuple[int, int]:
+    height, width = _latent_size(components)
+    scale = 2 ** (len(components.vae.config.block_out_channels) - 1)
+    return height * scale, width * scale
+
+
+def _ignore(_: float) -> None:
+    """Without schedules the weights stay as they are."""
