@@ -98,7 +98,8 @@ def stage(
         inputs: Files and folders that are read.
         section: Reads everything of params.yaml that the work depends on; asked again at the end.
     """
-    die_with_parent()
+    if "DVC_ROOT" in os.environ:  # by hand, a run may outlive its terminal
+        die_with_parent()
     outs = (out,) if isinstance(out, Path) else tuple(out)
     root, name = project_root(), f"{verb}@{instance}"
     with kept(name, outs, inputs, section, root) as keep, track(verb, instance, root) as tracker:

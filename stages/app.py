@@ -36,6 +36,7 @@ BASE_VERBS = {
     "score": "How often the base paints what it is told.",
 }
 LOG = Path(".work/error.log")
+CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch's words; on a GPU it has a class for it
 
 
 INTRODUCTION = """\
@@ -134,6 +135,6 @@ def recognised(error: BaseException) -> PipelineError | None:
         return ResourceError(str(error.filename or os.getcwd()), "no space is left on the disk", "free some and rerun")
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return ResourceError(str(error.filename), "may not be written or read", "change its permissions")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or CPU_MEMORY in str(error):
         return ResourceError("memory", "ran out", "lower batch_size or resolution")
     return None

@@ -1,4 +1,4 @@
-"""dvc.yaml against the code: DVC reruns a stage for what its entry names, so the entry must name what the stage uses."""
+"""dvc.yaml against the code: DVC reruns a stage for what its entry names, so it must name what the stage uses."""
 
 from __future__ import annotations
 
