@@ -1,0 +1,1 @@
+"""LoRA adapters learnt, extracted, composed, merged, rendered and scored."""

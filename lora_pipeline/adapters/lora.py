@@ -42,10 +42,12 @@ class LoraFactors:
 
     @property
     def rank(self) -> int:
+        """Columns of `up`, rows of `down`."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
+        """What `up @ down` is multiplied by: alpha / rank."""
         return self.alpha / self.rank
 
     def delta(self) -> Tensor:

@@ -7,7 +7,7 @@ restores the model bit for bit. Factors are float32 whatever the layer's dtype.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the field's name for it)
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_pipeline.adapters.lora import LoraFactors
@@ -31,6 +31,7 @@ class LoraBranch(nn.Module):
 
     @property
     def gain(self) -> float:
+        """What the change is multiplied by at this moment: weight * alpha / rank."""
         return self.weight * self.alpha / self.down.shape[0]
 
     def factors(self) -> LoraFactors:
@@ -79,6 +80,7 @@ class LoraInjectedLinear(InjectedLayer):
     base: nn.Linear
 
     def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
+        """`output` (..., out) plus the branch's change for `inputs` (..., in), in the dtype of `output`."""
         hidden = F.linear(inputs.to(branch.down.dtype), branch.down)
         if output.dtype != hidden.dtype:  # sum in float32, round once
             return (output.float() + branch.gain * F.linear(hidden, branch.up)).to(output.dtype)
@@ -93,6 +95,7 @@ class LoraInjectedConv2d(InjectedLayer):
     base: nn.Conv2d
 
     def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
+        """`output` (n, out, h, w) plus the branch's change for `inputs`, in the dtype of `output`."""
         groups = self.base.groups
         down = branch.down.repeat(groups, 1, 1, 1) if groups > 1 else branch.down
         hidden = self.base._conv_forward(inputs.to(down.dtype), down, None)  # knows every padding mode

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lora_pipeline.pretrained.blank import AutoencoderKL
 from torch import Tensor
-from torch.nn import functional as F
 
+from lora_pipeline.pretrained.blank import AutoencoderKL
 from lora_pipeline.toyworld.fitting import Recipe, Report, fit, load_weights, plain, step_generator
 
 KL_WEIGHT = 1e-6
@@ -29,7 +28,8 @@ def reconstruction_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Gen
     error = decoded - images
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum(dim=(1, 2, 3)).mean()
-    return error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
+    loss: Tensor = error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
+    return loss
 
 
 def train_autoencoder(vae: AutoencoderKL, pixels: np.ndarray, recipe: Recipe, checkpoint: Path, report: Report) -> None:

@@ -67,16 +67,14 @@ def drawn(stream: str, count: int, work: Path, workers: int) -> tuple[np.ndarray
     pixels, words = work / f"{stream}-{count}.npy", work / f"{stream}-{count}.json"
     if not words.exists():
         partial = pixels.with_suffix(".partial")
-        canvas = np.lib.format.open_memmap(
-            partial, mode="w+", dtype=np.uint8, shape=(count, scene.SIDE, scene.SIDE, 3)
-        )
+        canvas = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(count, scene.SIDE, scene.SIDE, 3))
         captions: list[str] = []
         for chunk in pictures(stream, count, workers=workers):
             for item in chunk:
                 canvas[len(captions)] = item.pixels
                 captions.append(item.caption)
         canvas.flush()
-        os.replace(partial, pixels)
+        partial.replace(pixels)
         words.write_text(json.dumps(captions), encoding="utf-8")
     return np.load(pixels, mmap_mode="r"), json.loads(words.read_text(encoding="utf-8"))
 
@@ -93,17 +91,19 @@ def encoded(vae: blank.AutoencoderKL, pixels: np.ndarray) -> tuple[Tensor, Tenso
 
 
 def cached_latents(work: Path, recipe: BaseRecipe, vae: blank.AutoencoderKL, tokenise: blank.Tokenise) -> Latents:
+    """The encoded world with its tokenised captions, made once and kept in `work`."""
     path = work / f"latents-{recipe.world}.safetensors"
     if not path.exists():
         pixels, captions = drawn("world", recipe.world, work, workers=os.cpu_count() or 1)
         mean, deviation = encoded(vae.to(memory_format=torch.channels_last), pixels)
         tensors = {"mean": mean, "deviation": deviation, "tokens": tokenise(captions), "empty": tokenise([""])[0]}
         save_file(tensors, path.with_suffix(".partial"))
-        os.replace(path.with_suffix(".partial"), path)
+        path.with_suffix(".partial").replace(path)
     return Latents(**load_file(path))
 
 
 def trained_autoencoder(work: Path, recipe: BaseRecipe, report: Report) -> blank.AutoencoderKL:
+    """The autoencoder in eval mode, trained once and kept in `work`."""
     vae = blank.blank_autoencoder(recipe.seed)
     done = work / "autoencoder.safetensors"
     if not done.exists():
@@ -113,7 +113,7 @@ def trained_autoencoder(work: Path, recipe: BaseRecipe, report: Report) -> blank
         pixels = np.concatenate([world, composites])
         train_autoencoder(vae, pixels, recipe.autoencoder, work / "autoencoder.checkpoint", report)
         save_file(vae.state_dict(), done.with_suffix(".partial"))
-        os.replace(done.with_suffix(".partial"), done)
+        done.with_suffix(".partial").replace(done)
     vae.load_state_dict(load_file(done))
     return vae.eval()
 
@@ -131,12 +131,14 @@ def train_base(work: Path, out: Path, recipe: BaseRecipe, log: Log) -> None:
     tokenizer = blank.blank_tokenizer(WORDS, work / "tokenizer")
     vae = trained_autoencoder(work, recipe, log("autoencoder"))
     latents = cached_latents(work, recipe, vae, lambda captions: blank.tokenised(tokenizer, captions))
-    model = Denoiser(blank.blank_text_encoder(len(tokenizer), recipe.seed), blank.blank_unet(recipe.seed))
-    model.to(memory_format=torch.channels_last)
+    text_encoder = blank.blank_text_encoder(len(tokenizer), recipe.seed)
+    unet = blank.blank_unet(recipe.seed)
+    model = Denoiser(text_encoder, unet)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing from torch's overloads
     scheduler = blank.blank_scheduler()
     alphas = scheduler.alphas_cumprod
     average = train_denoiser(
         model, latents, alphas, recipe.denoiser, work / "denoiser.checkpoint", log("denoiser"), recipe.shards
     )
     load_weights(model, average.weights)
-    blank.save_base(blank.Parts(tokenizer, model.text_encoder, vae, model.unet, scheduler), out)
+    blank.save_base(blank.Parts(tokenizer, text_encoder, vae, unet, scheduler), out)

@@ -10,14 +10,17 @@ PLACES = {"beach": "on a beach", "snow": "in the snow", "meadow": "on a meadow",
 
 
 def article(phrase: str) -> str:
+    """`phrase` with the article its first letter asks for."""
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
 def place_words(background: str) -> str:
+    """Where the scene is: "on a beach", "on a blue background"."""
     return PLACES[background] if background in SCENERY else f"on {article(background)} background"
 
 
 def thing_words(thing: Thing, *, size: bool = True, texture: bool = True, colour: bool = True, noun: str = "") -> str:
+    """A thing with its article; medium sizes and plain textures go unsaid, and `noun` stands in for the kind."""
     words = [
         thing.size if size and thing.size != "medium" else "",
         thing.texture if texture and thing.texture != "plain" else "",

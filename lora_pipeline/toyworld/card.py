@@ -27,6 +27,7 @@ def table(scores: Scores) -> str:
 
 
 def missed(scores: Scores) -> list[str]:
+    """The attributes whose painted share is below its bar."""
     return [name for name, bar in BARS.items() if scores["painted"][name] < bar]
 
 
@@ -55,12 +56,12 @@ DDIM, 20 steps, guidance 3, judged by `models/judge` (`lora-pipe base score --co
 ## How it was made
 
 `lora-pipe base train` rebuilds it from seeds: {RECIPE.autoencoder.steps:,} steps of {RECIPE.autoencoder.batch} pictures
-for the autoencoder, then {RECIPE.denoiser.steps:,} steps of {RECIPE.denoiser.batch} ({pictures:,} pictures) for the text
-encoder and the UNet together: v-prediction, zero terminal signal, Muon, an average of the weights. It resumes where it
-was stopped. Bytes depend on the machine and on torch's version; what it can do does not.
+for the autoencoder, then {RECIPE.denoiser.steps:,} steps of {RECIPE.denoiser.batch} ({pictures:,} pictures) for the
+text encoder and the UNet together: v-prediction, zero terminal signal, Muon, an average of the weights. It resumes
+where it was stopped. Bytes depend on the machine and on torch's version; what it can do does not.
 
-Licence: Apache-2.0, like the code. The training pictures are drawn by `lora_pipeline/toyworld/drawing.py`; nobody's work
-is in it.
+Licence: Apache-2.0, like the code. The training pictures are drawn by `lora_pipeline/toyworld/drawing.py`; nobody's
+work is in it.
 """,
         encoding="utf-8",
     )

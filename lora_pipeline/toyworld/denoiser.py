@@ -14,6 +14,7 @@ from lora_pipeline.toyworld.replicas import Replicas
 
 CAPTION_DROPOUT = 0.1
 
+
 @dataclass(frozen=True)
 class Latents:
     """Encoded pictures with their tokenised captions.
@@ -37,6 +38,7 @@ class Denoiser(nn.Module):
         self.unet = unet
 
     def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        """Noisy (n, 4, 16, 16), timesteps (n,), tokens (n, 24); returns a prediction shaped like `noisy`."""
         states = self.text_encoder(tokens).last_hidden_state
         prediction: Tensor = self.unet(noisy, timesteps, states).sample
         return prediction
@@ -44,7 +46,7 @@ class Denoiser(nn.Module):
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch to learn from: noisy latents (n, 4, 16, 16), timesteps (n,), tokens (n, 24), velocities like the latents."""
+    """A batch: noisy latents (n, 4, 16, 16), timesteps (n,), tokens (n, 24), velocities like the latents."""
 
     noisy: Tensor
     timesteps: Tensor
@@ -52,6 +54,7 @@ class Noised:
     velocity: Tensor
 
     def part(self, rows: slice) -> Noised:
+        """The pictures that `rows` selects."""
         return Noised(self.noisy[rows], self.timesteps[rows], self.tokens[rows], self.velocity[rows])
 
 

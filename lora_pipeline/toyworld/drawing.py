@@ -32,11 +32,13 @@ class Part:
 
 
 def ellipse(x: float, y: float, width: float, height: float, count: int = 40) -> Points:
+    """A polygon of `count` points around (x, y); `width` and `height` are half axes."""
     turn = 2 * math.pi / count
     return [(x + width * math.cos(i * turn), y + height * math.sin(i * turn)) for i in range(count)]
 
 
 def rounded_square(half: float, corner: float) -> Points:
+    """A square reaching to `half` from (0, 0), its corners rounded by radius `corner`."""
     centre = half - corner
     points: Points = []
     for quadrant, (sx, sy) in enumerate(((1, 1), (-1, 1), (-1, -1), (1, -1))):
@@ -47,6 +49,7 @@ def rounded_square(half: float, corner: float) -> Points:
 
 
 def heart(count: int = 48) -> Points:
+    """The unit heart, `count` points along a sextic curve."""
     points: Points = []
     for i in range(count):
         t = 2 * math.pi * i / count
@@ -76,6 +79,7 @@ def shape_outline(kind: str) -> Points:
 
 
 def ear_parts(ears: str, colour: Rgb) -> Iterator[Part]:
+    """Both ears of a unit creature; unknown `ears` are antennae."""
     for side in (-1, 1):
         if ears == "pointed":
             yield Part([(side * 0.2, -0.62), (side * 0.85, -0.35), (side * 0.72, -1.25)], colour)
@@ -89,6 +93,7 @@ def ear_parts(ears: str, colour: Rgb) -> Iterator[Part]:
 
 
 def body_outline(body: str) -> Points:
+    """The body of a unit creature; an unknown `body` is a rounded square."""
     if body == "round":
         return ellipse(0, 0.05, 0.95, 0.9)
     if body == "egg":
@@ -97,6 +102,7 @@ def body_outline(body: str) -> Points:
 
 
 def creature_parts(thing: Thing) -> Iterator[Part]:
+    """The polygons of a unit creature, back to front."""
     anatomy = thing.anatomy
     assert anatomy is not None
     yield from ear_parts(anatomy.ears, thing.ear)
@@ -113,10 +119,7 @@ def creature_parts(thing: Thing) -> Iterator[Part]:
 
 def parts(thing: Thing) -> list[Part]:
     """The polygons of `thing`, back to front, turned and placed on the canvas."""
-    if thing.anatomy is None:
-        unit = [Part(shape_outline(thing.kind), thing.top)]
-    else:
-        unit = list(creature_parts(thing))
+    unit = list(creature_parts(thing)) if thing.anatomy else [Part(shape_outline(thing.kind), thing.top)]
     cos, sin = math.cos(math.radians(thing.angle)), math.sin(math.radians(thing.angle))
     scale = thing.radius * OVERSAMPLING
 
@@ -137,6 +140,7 @@ def silhouette(thing: Thing) -> Image.Image:
 
 
 def scenery(name: str, rng: np.random.Generator) -> Image.Image:
+    """An RGB canvas of a scenic background; `rng` places its horizon, sun and flakes."""
     sky = {"beach": (150, 215, 245), "snow": (190, 203, 224), "meadow": (135, 200, 250), "night": (16, 16, 60)}[name]
     ground = {"beach": (232, 208, 150), "snow": (244, 244, 250), "meadow": (100, 180, 70), "night": (36, 42, 52)}[name]
     picture = Image.new("RGB", (CANVAS, CANVAS), sky)
@@ -159,6 +163,7 @@ def scenery(name: str, rng: np.random.Generator) -> Image.Image:
 
 
 def backdrop(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """The RGB canvas behind the things: scenery, or a plain colour off by up to 10 levels a channel."""
     if scene.background in SCENERY:
         return scenery(scene.background, rng)
     level = rng.integers(-10, 11, 3)
@@ -175,6 +180,7 @@ def contrast(colour: Rgb) -> Rgb:
 
 
 def texture_mask(thing: Thing) -> Image.Image:
+    """Mode L canvas, 255 where the texture has ink: stripes or dots, over the whole canvas."""
     mask = Image.new("L", (CANVAS, CANVAS), 0)
     pen = ImageDraw.Draw(mask)
     if thing.texture == "striped":
@@ -188,6 +194,7 @@ def texture_mask(thing: Thing) -> Image.Image:
 
 
 def paint_filled(picture: Image.Image, thing: Thing) -> None:
+    """Every part in its own colour, the texture over the parts and under the details."""
     pen = ImageDraw.Draw(picture)
     polygons = parts(thing)
     for part in polygons:

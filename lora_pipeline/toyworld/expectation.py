@@ -53,6 +53,7 @@ def expectation(prompt: str) -> Expectation:
 
 
 def asked(phrase: str) -> Asked:
+    """What `phrase` says about one thing."""
     words = WORD.findall(phrase)
     kinds = (*KINDS, ANY_CREATURE)
     return Asked(first(words, kinds), first(words, COLOURS), first(words, TEXTURES), first(words, SIZES))

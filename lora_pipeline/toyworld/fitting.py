@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +66,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Move towards the live weights after step `step`."""
         decay = min(AVERAGE_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(self.weights.values()), [self.live[name] for name in self.weights], 1 - decay)
 
@@ -83,23 +83,29 @@ class Average:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy `weights` into the model's parameters of the same names."""
     for name, weight in model.named_parameters():
         weight.copy_(weights[name])
 
 
-def save_checkpoint(path: Path, model: nn.Module, average: Average, optimiser: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, average: Average, optimiser: torch.optim.Optimizer, step: int
+) -> None:
+    """Write model, average, optimiser and `step` (the steps done) to `path`, whole or not at all."""
     tensors = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
     tensors |= {f"average.{name}": weight for name, weight in average.weights.items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"step": json.dumps(step)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_checkpoint(path: Path, model: nn.Module, average: Average, optimiser: torch.optim.Optimizer) -> int:
+    """Restore what `save_checkpoint` wrote; returns the steps done."""
     state: dict[int, dict[str, Tensor]] = {}
-    weights, averaged = {}, {}
+    weights: dict[str, Tensor] = {}
+    averaged: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
         step = int(json.loads(file.metadata()["step"]))
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -116,6 +122,7 @@ def load_checkpoint(path: Path, model: nn.Module, average: Average, optimiser: t
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """Fused AdamW over the weights that are trained."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     return torch.optim.AdamW(trained, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
 

@@ -50,8 +50,10 @@ CELLS = {"kind": HEADS["kind"], "colour": HEADS["colour"]}
 
 @dataclass(frozen=True)
 class Answers:
-    """Logits. `heads`: name to (n, classes), for every head and part; `core`: (n, 16, 16), the middles of objects;
-    `cells`: name to (n, classes, 16, 16), what the object at a cell is.
+    """Logits.
+
+    `heads`: name to (n, classes), for every head and part; `core`: (n, 16, 16), the middles of objects; `cells`: name
+    to (n, classes, 16, 16), what the object at a cell is.
     """
 
     heads: dict[str, Tensor]
@@ -69,6 +71,7 @@ class Residual(nn.Module):
         self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, h, w) to the same."""
         hidden = self.conv_in(F.relu(self.norm_in(x)))
         change: Tensor = self.conv_out(F.relu(self.norm_out(hidden)))
         return x + change
@@ -90,6 +93,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({n: nn.Linear(HIDDEN, len(c)) for n, c in (HEADS | PARTS).items()})
 
     def forward(self, images: Tensor) -> Answers:
+        """Logits for float32 pictures (n, 3, 64, 64) in [-1, 1]."""
         images = images.contiguous(memory_format=torch.channels_last)
         fine = self.fine(F.relu(self.stem(images)))
         deep = self.deep(fine)
@@ -153,6 +157,7 @@ def save_judge(judge: Judge, folder: Path) -> None:
 
 
 def config() -> dict[str, object]:
+    """What `config.json` says of a judge: the grid, and the classes in order."""
     return {"format": "lora-pipeline judge", "version": 1, "grid": GRID, "classes": HEADS | PARTS}
 
 

@@ -41,10 +41,12 @@ class Pool:
 
 
 def sticker_scene(rng: np.random.Generator) -> Scene:
+    """A scene of the base's world, drawn as stickers."""
     return restyled(random_scene(rng), HELD_OUT_STYLE)
 
 
 def flat_scene(rng: np.random.Generator) -> Scene:
+    """A composite creature, drawn flat."""
     return restyled(composite_scene(rng), "flat")
 
 

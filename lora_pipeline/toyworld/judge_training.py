@@ -23,7 +23,7 @@ CORE_WEIGHT = 4
 BLUR, NOISE = 0.7, 0.04
 
 
-def train_judge(
+def train_judge(  # noqa: PLR0913 - a command hands its options over
     work: Path, out: Path, vae: Reconstruct | None, report: Report,
     recipe: Recipe = JUDGE_RECIPE, counts: Counts = JUDGE_COUNTS, fresh: int = FRESH, workers: int = 1,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
@@ -71,6 +71,7 @@ def loss_of(answers: Answers, labels: Labels) -> Tensor:
 
 
 def told_cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    """Mean cross-entropy of (n, classes, ...) logits over the answers that are told; 0 where none is."""
     told = (classes != UNTOLD).sum().clamp_min(1)
     return F.cross_entropy(logits, classes, ignore_index=UNTOLD, reduction="sum") / told
 

@@ -18,8 +18,10 @@ UNTOLD = -1
 
 @dataclass(frozen=True)
 class Labels:
-    """Of n scenes. `heads`: name to (n,) int64; `places`: (n, 2, 3) float32 x, y, radius (radius 0 = no such thing);
-    `kinds`, `colours`: (n, 2) int64 of each thing.
+    """Of n scenes.
+
+    `heads`: name to (n,) int64; `places`: (n, 2, 3) float32 x, y, radius (radius 0 = no such thing); `kinds`,
+    `colours`: (n, 2) int64 of each thing.
     """
 
     heads: dict[str, np.ndarray]
@@ -28,10 +30,12 @@ class Labels:
     colours: np.ndarray
 
     def rows(self, index: np.ndarray) -> Labels:
+        """The labels of the scenes that `index` selects."""
         heads = {name: values[index] for name, values in self.heads.items()}
         return Labels(heads, self.places[index], self.kinds[index], self.colours[index])
 
     def joined(self, other: Labels) -> Labels:
+        """These labels, then those of `other`."""
         heads = {name: np.concatenate([values, other.heads[name]]) for name, values in self.heads.items()}
         pairs = ((self.places, other.places), (self.kinds, other.kinds), (self.colours, other.colours))
         return Labels(heads, *(np.concatenate(pair) for pair in pairs))

@@ -57,7 +57,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - torch's signature
+        """One update at each group's learning rate, from the gradients that are there."""
         for group in self.param_groups:
             weights: list[Tensor] = group["params"]
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])

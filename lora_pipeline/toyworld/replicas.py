@@ -33,7 +33,9 @@ class Replicas:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def backward(self, loss: ShardLoss) -> float:
@@ -56,6 +58,7 @@ class Replicas:
 
 
 def mean_gradient(copied: list[Tensor]) -> Tensor | None:
+    """The mean of the gradients, summed into the first; None where no copy has one."""
     gradients = [weight.grad for weight in copied if weight.grad is not None]
     if not gradients:
         return None

@@ -127,6 +127,7 @@ def place(rng: np.random.Generator, size: str) -> tuple[float, float, float, flo
 
 
 def random_thing(rng: np.random.Generator, background: str, style: str, kind: str | None = None) -> Thing:
+    """A lone thing that stands out on `background` and that `style` can show; a random kind unless given."""
     kind = kind or pick(rng, KINDS)
     # Blocks of four pixels swallow small things, and textures live below the resolution of either style.
     size = pick(rng, ("medium", "large") if style == "pixelated" else SIZES)
@@ -157,6 +158,7 @@ def random_pair(rng: np.random.Generator, background: str, relation: str) -> tup
 
 
 def random_background(rng: np.random.Generator) -> str:
+    """A plain colour six times out of ten, else scenery."""
     return pick(rng, COLOURS) if rng.random() < 0.6 else pick(rng, SCENERY)
 
 

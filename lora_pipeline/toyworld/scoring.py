@@ -94,12 +94,14 @@ def readings(judge: Judge, images: np.ndarray) -> list[Reading]:
 
 
 def fits_kind(shown: str, kind: str | None) -> bool:
+    """Whether `shown` is the asked kind; `creature` asks for any creature, None for anything."""
     if kind == ANY_CREATURE:
         return shown in (*CREATURES, ANY_CREATURE)
     return kind in (None, shown)
 
 
 def fits(found: Found, thing: Asked) -> bool:
+    """Whether an object has the asked kind and colour."""
     return fits_kind(found.kind, thing.kind) and thing.colour in (None, found.colour)
 
 
@@ -156,6 +158,7 @@ def score_scenes(count: int, seed: int) -> list[Scene]:
 
 
 def score_rng(seed: int, index: int) -> np.random.Generator:
+    """The generator of scene `index` of a score."""
     return np.random.default_rng([seed, SCORE_STREAM, index])
 
 

@@ -19,11 +19,17 @@ class Format(Protocol):
 
     NAME: str
 
-    def recognises(self, names: Collection[str], metadata: Mapping[str, str], /) -> bool: ...
+    def recognises(self, names: Collection[str], metadata: Mapping[str, str], /) -> bool:
+        """Whether a file with these tensor names and this metadata is of the format."""
+        ...
 
-    def parse(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter: ...
+    def parse(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
+        """The adapter that a file holds; raises CorruptError naming the tensor or key at fault."""
+        ...
 
-    def render(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]: ...
+    def render(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and metadata of the file that `parse` reads back."""
+        ...
 
 
 FORMATS: tuple[Format, ...] = (diffusers, native)

@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = _vocabulary()
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=24)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(16, 32),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from lora_pipeline.adapters.lora import LoraFactors, concatenated, fitted
 from lora_pipeline.errors import CorruptError

@@ -26,7 +26,7 @@ def scenes(count: int) -> list[Scene]:
 
 
 def named(scene: Scene, head: str) -> str:
-    return (HEADS | PARTS)[head][label([scene]).heads[head][0]]
+    return (HEADS | PARTS)[head][int(label([scene]).heads[head][0])]
 
 
 def test_a_mascot_is_labelled_by_its_parts() -> None:
