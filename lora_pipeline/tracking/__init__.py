@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_pipeline.errors import Stopped
 from lora_pipeline.tracking.store import Event, Identity, deliver
 
 SWITCH = "LORA_PIPE_TRACKING"
-PATIENCE = 15.0  # seconds a finished stage waits for its events to be delivered
+PATIENCE = 30.0  # seconds a finished stage waits for delivery; the very first one waits for MLflow to make its tables
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,9 @@ def track(stage: str, instance: str, root: Path) -> Iterator[Tracker]:
     thread.start()
     try:
         yield tracker
-    except BaseException:
-        tracker.events.put(Event("end", "status", "FAILED", 0))
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, Stopped) else "FAILED"
+        tracker.events.put(Event("end", "status", status, 0))
         _settle(thread, tracker, failure)
         raise
     tracker.events.put(Event("end", "status", "FINISHED", 0))

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import queue
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ CONNECT_SECONDS = 2.0
 GATHER_SECONDS = 2.0
 BATCH = 500
 LONGEST_PARAM = 6000
+FORBIDDEN = re.compile(r"[^\w./ -]")  # in a name, MLflow says
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,17 @@ def gathered(events: queue.SimpleQueue[Event | None]) -> list[Event]:
     return batch
 
 
+def allowed(name: str) -> str:
+    return FORBIDDEN.sub("_", name)
+
+
 def send(client: MlflowClient, run: str, batch: list[Event]) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
     now = int(time.time() * 1000)
-    metrics = [Metric(e.name, float(e.value), now, e.step) for e in batch if e.kind == "metric"]
-    params = [Param(e.name, str(e.value)[:LONGEST_PARAM]) for e in batch if e.kind == "param"]
-    tags = [RunTag(e.name, str(e.value)) for e in batch if e.kind == "tag"]
+    metrics = [Metric(allowed(e.name), float(e.value), now, e.step) for e in batch if e.kind == "metric"]
+    params = [Param(allowed(e.name), str(e.value)[:LONGEST_PARAM]) for e in batch if e.kind == "param"]
+    tags = [RunTag(allowed(e.name), str(e.value)) for e in batch if e.kind == "tag"]
     if metrics or tags:
         client.log_batch(run, metrics=metrics, tags=tags)
     for start in range(0, len(params), 100):
@@ -101,6 +107,7 @@ def open_store(root: Path) -> tuple[MlflowClient, str]:
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
     check_reachable(address)
     from mlflow import MlflowClient
