@@ -1,0 +1,89 @@
+"""Adapters attached to a base: their tokens, their branches, and what drives their weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
+from lora_pipeline.errors import ParamsError
+from lora_pipeline.injection.inject import inject_adapter
+from lora_pipeline.injection.tokens import add_placeholder
+from lora_pipeline.params import suggestion
+from lora_pipeline.pretrained.components import Components
+from lora_pipeline.rendering.schedule import ScheduledWeights, WeightSchedule
+
+_PLACEHOLDER = re.compile(r"<[^<>\s]+>")
+_SPECIAL = "<|"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """An adapter, the name it goes by, and how strongly it acts when."""
+
+    name: str
+    adapter: Adapter
+    schedule: WeightSchedule
+
+
+def attach(components: Components, attachments: Sequence[Attachment]) -> ScheduledWeights:
+    """Adds adapters' tokens and branches to a base.
+
+    Args:
+        components: The base; it is changed.
+        attachments: The adapters, made for this base (see `adapters.adapter.check_base`).
+
+    Returns:
+        What `sample` tells its progress to.
+
+    Raises:
+        CorruptError: An adapter does not fit the base.
+        ParamsError: Two adapters have the same name, or the same token.
+    """
+    names = [each.name for each in attachments]
+    for name in names:
+        if names.count(name) > 1:
+            raise ParamsError(name, "names two adapters", "give each adapter its own name")
+    for each in attachments:
+        for token, rows in each.adapter.embeddings.items():
+            add_placeholder(components.tokenizer, components.text_encoder, token, rows)
+        inject_adapter(components.unet, UNET, each.adapter, each.name)
+        inject_adapter(components.text_encoder, TEXT_ENCODER, each.adapter, each.name)
+    models = (components.unet, components.text_encoder)
+    return ScheduledWeights(models, {each.name: each.schedule for each in attachments})
+
+
+def check_placeholders(tokenizer: Any, adapters: Sequence[Adapter], prompts: Sequence[str]) -> None:
+    """Refuses words in angle brackets that nothing taught: they would be read letter by letter, and mean nothing.
+
+    Nothing is refused beside an adapter that may have been taught any word, as it brings no tokens and does not say
+    how it was trained.
+
+    Args:
+        tokenizer: With the adapters' tokens.
+        adapters: The attached ones.
+        prompts: To be drawn.
+
+    Raises:
+        ParamsError: Names the prompt, the word, and the placeholders there are.
+    """
+    if any(not each.embeddings and "params" not in each.provenance for each in adapters):
+        return
+    known = {token for token in tokenizer.get_added_vocab() if not token.startswith(_SPECIAL)}
+    known = known.union(*map(_taught, adapters))
+    lowered = {token.lower() for token in known}
+    for prompt in prompts:
+        for word in _PLACEHOLDER.findall(prompt):
+            if word.lower() not in lowered:
+                problem = f"{word} is no token; known: {', '.join(sorted(known)) or 'none'}"
+                raise ParamsError(f"the prompt {prompt!r}", problem, suggestion(word, known))
+
+
+def _taught(adapter: Adapter) -> set[str]:
+    """The placeholder of an adapter's training: with method `lora` it is spelt in letters and is no token."""
+    params = adapter.provenance.get("params")
+    token = params.get("placeholder_token") if isinstance(params, Mapping) else None
+    return {token} if isinstance(token, str) else set()
