@@ -38,6 +38,7 @@ class Keep:
 
 
 def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -90,6 +91,7 @@ def locked(name: str, root: Path) -> Iterator[None]:
 
 
 def discard(path: Path) -> None:
+    """Remove a file or a folder, whichever is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

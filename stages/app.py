@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
-import os
 import signal
 import sys
 import traceback
@@ -88,6 +87,7 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def show(text: str) -> None:
+    """Write `text` to standard output."""
     sys.stdout.write(text + "\n")
 
 
@@ -115,6 +115,7 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - th
 
 
 def told(error: BaseException) -> int:
+    """End the command as a signal asks."""
     """Say on stderr what is wrong and what to do; returns the exit code."""
     known = recognised(error)
     if known is None:
@@ -132,7 +133,7 @@ def recognised(error: BaseException) -> PipelineError | None:
     if isinstance(error, PipelineError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(str(error.filename or os.getcwd()), "no space is left on the disk", "free some and rerun")
+        return ResourceError(str(error.filename or Path.cwd()), "no space is left on the disk", "free some and rerun")
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return ResourceError(str(error.filename), "may not be written or read", "change its permissions")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or CPU_MEMORY in str(error):

@@ -33,10 +33,12 @@ class Tracker:
         self.spool = spool
 
     def params(self, values: Mapping[str, object]) -> None:
+        """Log what the stage was asked for."""
         for name, value in values.items():
             self._put(Event("param", name, str(value), 0))
 
     def metric(self, name: str, value: float, step: int) -> None:
+        """Log a number measured at `step`."""
         self._put(Event("metric", name, float(value), step))
 
     def artifact(self, path: Path) -> None:
@@ -44,6 +46,7 @@ class Tracker:
         self._put(Event("artifact", path.name, str(path.absolute()), 0))
 
     def tag(self, name: str, value: str) -> None:
+        """Log a word about the run."""
         self._put(Event("tag", name, value, 0))
 
     def _put(self, event: Event) -> None:

@@ -79,10 +79,12 @@ def gathered(events: queue.SimpleQueue[Event | None]) -> list[Event]:
 
 
 def allowed(name: str) -> str:
+    """The name, in the characters that MLflow takes."""
     return FORBIDDEN.sub("_", name)
 
 
 def send(client: MlflowClient, run: str, batch: list[Event]) -> None:
+    """Log `batch` in as few calls as MLflow's limits allow."""
     from mlflow.entities import Metric, Param, RunTag
 
     now = int(time.time() * 1000)
@@ -135,6 +137,7 @@ def check_reachable(address: str) -> None:
 
 @contextmanager
 def creating(root: Path) -> Iterator[None]:
+    """Take turns with the project's other processes."""
     folder = root / ".work" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "tracking").open("w", encoding="utf-8") as file:
@@ -154,10 +157,12 @@ def start_run(client: MlflowClient, experiment: str, identity: Identity) -> str:
 
 
 def tag_name(identity: Identity) -> str:
+    """The name that a run goes by, as DVC spells the stage."""
     return f"{identity.stage}@{identity.instance}"
 
 
 def parent_run(client: MlflowClient, experiment: str, group: str) -> str:
+    """The id of the run that stands for `group`, made where there is none."""
     quoted = group.replace("'", "")
     found = client.search_runs([experiment], filter_string=f"tags.`{GROUP}` = '{quoted}'", max_results=1)
     if found:
