@@ -111,11 +111,11 @@ def main() -> NoReturn:
 
 
 def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - the interface of signal handlers
+    """End the command as a signal asks."""
     raise Stopped(number)
 
 
 def told(error: BaseException) -> int:
-    """End the command as a signal asks."""
     """Say on stderr what is wrong and what to do; returns the exit code."""
     known = recognised(error)
     if known is None:
