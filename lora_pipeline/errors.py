@@ -36,6 +36,7 @@ class PipelineError(Exception):
 
     @property
     def exit_code(self) -> int:
+        """What the process ends with."""
         return self.code
 
     def __str__(self) -> str:
@@ -87,4 +88,5 @@ class Stopped(PipelineError):
 
     @property
     def exit_code(self) -> int:
+        """128 and the signal, as shells have it."""
         return 128 + self.signal

@@ -1,4 +1,4 @@
-"""`params.yaml` as typed, frozen values. There are no defaults: a value DVC cannot see is a value it cannot rerun for."""
+"""`params.yaml` as typed, frozen values, without defaults: a value DVC cannot see is one it cannot rerun for."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ Weight = Float | Knots
 
 
 class Section(BaseModel):
+    """A section of the file: frozen, of exact types, without unknown keys."""
+
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 

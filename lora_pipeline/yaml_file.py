@@ -29,6 +29,7 @@ class CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own interface
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping, with its keys checked to be plain and different."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -41,6 +42,7 @@ class CoreLoader(yaml.SafeLoader):
 
 
 def location(node: yaml.Node) -> str:
+    """File and line of a node."""
     return f"{Path(node.start_mark.name).name}:{node.start_mark.line + 1}"
 
 
@@ -84,7 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ParamsError(where, f"is larger than {LARGEST_BYTES} bytes", "keep only parameters in it")
     try:
         with path.open(encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader=CoreLoader)  # noqa: S506 - a subclass of SafeLoader
+            content = yaml.load(stream, Loader=CoreLoader)
     except UnicodeDecodeError as error:
         raise ParamsError(where, "is not UTF-8 text", "save it as UTF-8") from error
     except (yaml.YAMLError, RecursionError) as error:

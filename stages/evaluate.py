@@ -108,6 +108,7 @@ def read_renders(folder: Path) -> tuple[Rendered, Rendered]:
 
 
 def rendered(folder: Path, records: list[dict[str, object]], role: str) -> Rendered:
+    """The pictures of one role."""
     import numpy as np
 
     from lora_pipeline.data.images import open_picture

@@ -12,6 +12,7 @@ from lora_pipeline.params import load_params
 from stages._stage import PARAMS, entry, stage
 
 if TYPE_CHECKING:
+    from lora_pipeline.adapters.adapter import Json
     from lora_pipeline.params import ConceptParams
 
 
@@ -41,9 +42,11 @@ def extract(
 
     section = settings()
     source = tuned / "tuned.safetensors"
-    with stage("extract", concept, out=out, inputs=[source, base], section=lambda: settings().model_dump(mode="json")) as run:
+    with stage(
+        "extract", concept, out=out, inputs=[source, base], section=lambda: settings().model_dump(mode="json")
+    ) as run:
         trained = load_adapter(source)
-        provenance = {
+        provenance: dict[str, Json] = {
             "code": version("lora-pipeline"),
             "kind": "adapter",
             "params": section.model_dump(mode="json"),

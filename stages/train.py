@@ -12,7 +12,7 @@ from lora_pipeline.params import load_params
 from stages._stage import PARAMS, entry, stage
 
 if TYPE_CHECKING:
-    from lora_pipeline.adapters.adapter import Adapter
+    from lora_pipeline.adapters.adapter import Adapter, Json
     from lora_pipeline.params import ConceptParams
     from lora_pipeline.pretrained.components import Components
 
@@ -45,7 +45,7 @@ def train(
     from lora_pipeline.training.phases import phases_of
     from lora_pipeline.training.tuning import Task, tune
 
-    def settings() -> dict[str, object]:
+    def settings() -> dict[str, Json]:
         params = load_params(PARAMS)
         section = entry(params.concepts, "concepts", concept)
         told = section.model_dump(mode="json", include={"kind", "placeholder_token", "class_noun", "priors", "train"})
@@ -66,7 +66,7 @@ def train(
                     run.tracker.metric(name, value, step)
 
             tuned = tune(components, task, run.work, report)
-        provenance = {
+        provenance: dict[str, Json] = {
             "base": base_fingerprint(base),
             "code": version("lora-pipeline"),
             "data": content_hash(task.examples),

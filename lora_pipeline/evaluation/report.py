@@ -24,10 +24,12 @@ def metrics(scores: Scores) -> dict[str, float]:
 
 
 def write_metrics(scores: Scores, path: Path) -> None:
+    """Writes the numbers as JSON."""
     path.write_text(json.dumps(metrics(scores), indent=2) + "\n", encoding="utf-8")
 
 
 def write_rows(scores: Scores, path: Path) -> None:
+    """Writes a row a picture."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()

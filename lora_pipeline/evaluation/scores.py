@@ -55,6 +55,7 @@ class Scores:
 
 
 def rows_of(role: str, rendered: Rendered, references: References, scorer: Scorer) -> list[Row]:
+    """The scores of each picture of a role."""
     if not len(rendered.images):
         return []
     accuracy = scorer.prompt_accuracy(rendered.images, rendered.prompts)

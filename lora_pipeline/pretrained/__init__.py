@@ -1,0 +1,1 @@
+"""Bases: the only room that knows diffusers and transformers."""

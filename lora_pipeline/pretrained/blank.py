@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -29,7 +30,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def seeded(seed: int) -> Iterator[None]:
     """Inside, module constructors draw from `seed`; outside, torch's global generator is as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -89,7 +90,9 @@ def blank_tokenizer(words: Sequence[str], folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     ids = {token: index for index, token in enumerate([*dict.fromkeys(vocabulary), START, END])}
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges), ""]), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges), ""]), encoding="utf-8"
+    )
     tokenizer = CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS, unk_token=END, pad_token=END
     )
@@ -118,7 +121,8 @@ def blank_text_encoder(vocabulary: int, seed: int) -> CLIPTextModel:
     with seeded(seed):
         encoder = CLIPTextModel(config)
         with torch.no_grad():
-            nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
+            for weight in encoder.get_input_embeddings().parameters():
+                nn.init.normal_(weight, std=0.5)
     return encoder
 
 
@@ -184,7 +188,8 @@ def save_base(parts: Parts, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     parts.tokenizer.save_pretrained(out / "tokenizer")
     for name, model in (("text_encoder", parts.text_encoder), ("vae", parts.vae), ("unet", parts.unet)):
-        halved = copy.deepcopy(model).to(dtype=torch.float16, memory_format=torch.contiguous_format)
+        halved: Any = copy.deepcopy(model)
+        halved.to(dtype=torch.float16, memory_format=torch.contiguous_format)
         halved.save_pretrained(out / name, safe_serialization=True)
     parts.scheduler.save_pretrained(out / "scheduler")
     index = {

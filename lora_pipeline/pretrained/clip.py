@@ -32,7 +32,7 @@ class ClipScorer:
             self.model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             self.processor: Any = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # noqa: BLE001 - the libraries raise whatever their parsers do
+        except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CorruptError(str(folder), f"cannot be read as a CLIP ({reason})", "copy the folder again") from error
         self.model.float().eval()

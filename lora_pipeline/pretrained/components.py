@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -46,7 +47,10 @@ def load_components(base: Path) -> Components:
     index = read_index(base)
     kind = index.get("_class_name")
     if kind != "StableDiffusionPipeline":
-        raise CorruptError(str(base), f"is a {kind}, not a StableDiffusionPipeline", "use a Stable Diffusion 1.x or 2.x")
+        raise CorruptError(
+            str(base), f"is a {kind}, not a StableDiffusionPipeline", "use a Stable Diffusion 1.x or 2.x"
+        )
+    transformers.utils.logging.disable_progress_bar()  # ours says what takes long
     for part in PARTS:
         if not (base / part).is_dir():
             raise MissingError(str(base / part), "the base lacks this part", "download or copy the whole base again")
@@ -60,12 +64,15 @@ def load_components(base: Path) -> Components:
 
 
 def read_index(base: Path) -> dict[str, Any]:
+    """`model_index.json`, checked to be an object."""
     path = base / "model_index.json"
     if not base.is_dir():
         fix = "set `base` in params.yaml to a diffusers folder, or check out models/base"
         raise MissingError(str(base), "there is no such base folder", fix)
     if not path.is_file():
-        raise MissingError(str(path), "is not there, so this is no diffusers folder", "set `base` to a diffusers folder")
+        raise MissingError(
+            str(path), "is not there, so this is no diffusers folder", "set `base` to a diffusers folder"
+        )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -78,7 +85,7 @@ def read_index(base: Path) -> dict[str, Any]:
 def _loaded(folder: Path, kind: Any, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # noqa: BLE001 - the libraries raise whatever their parsers do
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptError(str(folder), f"cannot be read ({reason})", "download or copy the base again") from error
 

@@ -106,7 +106,7 @@ def _take_step(stretch: Stretch, optimiser: torch.optim.Optimizer, loss_at: Loss
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(stretch.phase, step)
     loss = loss_at(step)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(stretch.parameters.values(), CLIP_NORM)
     value, length = torch.stack([loss.detach(), norm.to(loss)]).tolist()  # the step's only synchronisation
     if not math.isfinite(value) or not math.isfinite(length):

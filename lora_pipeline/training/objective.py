@@ -31,6 +31,7 @@ class NoiseSchedule:
 
     @property
     def timesteps(self) -> int:
+        """How many noise levels there are."""
         return len(self.signal)
 
 

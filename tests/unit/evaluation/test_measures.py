@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ class Colours:
     def style(self, images: np.ndarray) -> torch.Tensor:
         return self._unit(images, slice(1, 3))
 
-    def prompt_accuracy(self, images: np.ndarray, prompts: tuple[str, ...]) -> np.ndarray:
+    def prompt_accuracy(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        assert len(images) == len(prompts)
         return np.array([float(prompt == "red") for prompt in prompts])
 
     def _unit(self, images: np.ndarray, channels: slice) -> torch.Tensor:

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from lora_pipeline.errors import ParamsError
+from lora_pipeline.pretrained.components import SCHEDULERS, Components
+from lora_pipeline.rendering.sampling import initial_latents, picture_generator, sample
+
+PROMPTS, SEEDS = ["a creature", "a dog", "a dog"], [1, 2, 3]
+
+
+def drawn(components: Components, prompts: list[str] = PROMPTS, seeds: list[int] = SEEDS, **changes: Any) -> np.ndarray:
+    options = {"steps": 4, "guidance_scale": 3.0, "negative_prompt": "", "weights_at": None, "batch": 3}
+    return sample(components, prompts, seeds, **(options | changes))  # type: ignore[arg-type]  # values of many kinds
+
+
+def diffusers_draws(components: Components, guidance_scale: float, negative_prompt: str) -> np.ndarray:
+    pipeline = StableDiffusionPipeline(
+        **vars(components), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        PROMPTS,
+        latents=initial_latents(components, SEEDS),
+        generator=[picture_generator(seed, "steps") for seed in SEEDS],
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        negative_prompt=[negative_prompt] * len(PROMPTS),
+        output_type="np",
+    ).images
+    return np.asarray(images)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("guidance_scale", "negative_prompt"), [(1.0, ""), (3.0, "a dog")])
+def test_pictures_are_those_of_diffusers(
+    components: Components, name: str, guidance_scale: float, negative_prompt: str
+) -> None:
+    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    scheduler = getattr(diffusers, name)(prediction_type="v_prediction", steps_offset=1, **options)
+    components = replace(components, scheduler=scheduler)
+    theirs = diffusers_draws(components, guidance_scale, negative_prompt)
+    ours = drawn(components, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+    assert theirs.std() > 0.01
+    np.testing.assert_allclose(ours / 255, theirs, rtol=1e-3, atol=0.51 / 255)  # ours are rounded to bytes
+
+
+def test_the_same_seed_draws_the_same_picture(components: Components) -> None:
+    first, again, other = drawn(components, ["a dog"] * 3, [5, 5, 6])
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(components: Components) -> None:
+    together = drawn(components)
+    swapped = drawn(components, ["a dog", "a dog", "a creature"], [9, 2, 1])
+    np.testing.assert_array_equal(together[1], swapped[1])
+
+
+def test_pictures_come_in_order_whatever_the_batch(components: Components) -> None:
+    done: list[int] = []
+    apart = drawn(components, batch=2, advance=done.append)
+    assert np.abs(apart.astype(int) - drawn(components).astype(int)).max() <= 1
+    assert done == [2, 3]
+
+
+def test_progress_runs_from_0_to_1_in_every_batch(components: Components) -> None:
+    told: list[float] = []
+    drawn(components, batch=2, weights_at=told.append)
+    one = [0.0, 1 / 3, 2 / 3, 1.0]
+    assert told == pytest.approx([0.0, *one, *one])
+
+
+def test_without_prompts_there_are_no_pictures_of_the_right_size(components: Components) -> None:
+    assert drawn(components, [], []).shape == (0, 8, 8, 3)
+
+
+def test_the_base_is_left_as_it_was(components: Components) -> None:
+    before = dict(components.scheduler.__dict__)
+    state = torch.random.get_rng_state()
+    drawn(components)
+    assert components.scheduler.num_inference_steps is before["num_inference_steps"]
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_steps_out_of_range_are_refused(components: Components, steps: int) -> None:
+    with pytest.raises(ParamsError, match=str(steps)):
+        drawn(components, steps=steps)
+
+
+def test_a_picture_that_overflows_is_refused(components: Components) -> None:
+    def explode(_: float) -> None:
+        components.unet.conv_out.weight.data.fill_(float("inf"))
+
+    with pytest.raises(ParamsError, match="overflow"):
+        drawn(components, weights_at=explode)
