@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,12 +111,13 @@ def test_a_style_needs_no_noun(raw: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["no caption", "empty caption", "binary caption", "picture"])
 def test_damage_is_named(raw: Path, tmp_path: Path, damage: str) -> None:
-    {
+    damages: dict[str, Callable[[], object]] = {
         "no caption": lambda: (raw / "y.txt").unlink(),
         "empty caption": lambda: (raw / "y.txt").write_text(" \n"),
         "binary caption": lambda: (raw / "y.txt").write_bytes(b"\xff\xfe\x00"),
         "picture": lambda: (raw / "y.png").write_bytes(b"GIF89a"),
-    }[damage]()
+    }
+    damages[damage]()
     with pytest.raises(PipelineError) as caught:
         run(raw, tmp_path / "a", concept())
     assert Path(caught.value.where).stem == "y"
