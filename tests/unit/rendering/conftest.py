@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.injection.inject import collect, inject_new, remove, select_targets, trainable
 from lora_pipeline.pretrained.blank import blank_tokenizer, seeded
 from lora_pipeline.pretrained.components import Components
@@ -48,7 +49,7 @@ def components(tmp_path: Path) -> Components:
 def adapter(components: Components) -> Adapter:
     """Random factors for both models, and a token."""
     source = torch.Generator().manual_seed(1)
-    factors = {}
+    factors: dict[str, LoraFactors] = {}
     for prefix, glob in (("unet", "*attn*.to_?"), ("text_encoder", "*_proj")):
         model = getattr(components, prefix)
         inject_new(model, prefix, select_targets(model, prefix, [glob]), "new", rank=2, alpha=2.0, generator=source)

@@ -8,7 +8,7 @@ import pytest
 from lora_pipeline.data.dataset import read_examples
 from lora_pipeline.params import PriorsParams
 from lora_pipeline.pretrained.components import Components
-from lora_pipeline.rendering import priors, sampling
+from lora_pipeline.rendering import sampling
 from lora_pipeline.rendering.priors import BLOCK, cache_folder, write_priors
 
 
@@ -32,7 +32,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(prompts))
         return real(components, prompts, *args, **options)  # type: ignore[arg-type]  # handed on as they came
 
-    monkeypatch.setattr(priors.sampling, "sample", counted)
+    monkeypatch.setattr(sampling, "sample", counted)
     return calls
 
 

@@ -40,7 +40,8 @@ def test_recipe_and_pixels_come_back(tmp_path_factory: pytest.TempPathFactory, r
     path = tmp_path_factory.mktemp("records") / "a.png"
     write_picture(path, PICTURE, recipe)  # type: ignore[arg-type]  # hypothesis cannot name JSON
     assert read_recipe(path) == recipe
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), PICTURE)
+    with Image.open(path) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), PICTURE)
 
 
 def test_the_order_of_a_recipe_does_not_reach_the_bytes(tmp_path: Path) -> None:

@@ -38,13 +38,15 @@ def diffusers_draws(components: Components, guidance_scale: float, negative_prom
     return np.asarray(images)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' set_timesteps
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize(("guidance_scale", "negative_prompt"), [(1.0, ""), (3.0, "a dog")])
 def test_pictures_are_those_of_diffusers(
     components: Components, name: str, guidance_scale: float, negative_prompt: str
 ) -> None:
-    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    scheduler = getattr(diffusers, name)(prediction_type="v_prediction", steps_offset=1, **options)
+    options = {"DDIMScheduler": {"clip_sample": False}, "DDPMScheduler": {"clip_sample": False},
+               "PNDMScheduler": {"skip_prk_steps": True}}  # fmt: skip
+    scheduler = getattr(diffusers, name)(prediction_type="v_prediction", steps_offset=1, **options.get(name, {}))
     components = replace(components, scheduler=scheduler)
     theirs = diffusers_draws(components, guidance_scale, negative_prompt)
     ours = drawn(components, guidance_scale=guidance_scale, negative_prompt=negative_prompt)

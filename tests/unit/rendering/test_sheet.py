@@ -8,14 +8,15 @@ from lora_pipeline.rendering.sheet import contact_sheet
 
 
 def pictures(count: int, side: int) -> np.ndarray:
-    """Flat, each of its own colour."""
-    shades = 20 + 10 * np.arange(count, dtype=np.uint8)
-    return np.broadcast_to(shades[:, None, None, None], (count, side, side, 3)).copy()
+    """Flat, each of its own red; the rest of a sheet is grey."""
+    images = np.zeros((count, side, side, 3), dtype=np.uint8)
+    images[..., 0] = 20 + 10 * np.arange(count, dtype=np.uint8)[:, None, None]
+    return images
 
 
-def area(sheet: Image.Image, shade: int) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what has exactly this grey."""
-    rows, columns = np.nonzero((np.asarray(sheet) == shade).all(axis=2))
+def area(sheet: Image.Image, red: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of what has exactly this red."""
+    rows, columns = np.nonzero((np.asarray(sheet) == (red, 0, 0)).all(axis=2))
     return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
 
 
