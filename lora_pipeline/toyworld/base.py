@@ -53,7 +53,7 @@ RECIPE = BaseRecipe(
     autoencoder_world=30_000,
     autoencoder_composites=20_000,
     autoencoder=Recipe(steps=6_500, batch=8, peak=2.5e-3),
-    denoiser=Recipe(steps=6_000, batch=48, peak=3e-3, hold=0.72),
+    denoiser=Recipe(steps=4_200, batch=48, peak=3e-3, hold=0.25),
     shards=4,
 )
 
