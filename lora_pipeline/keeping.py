@@ -53,8 +53,13 @@ def content(path: Path) -> list[tuple[str, str]]:
         return [(path.name, file_digest(path))]
     if not path.is_dir():
         raise MissingError(str(path), "there is no such file or folder", "run the stage that makes it: dvc repro")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(p for p in path.rglob("*") if p.is_file() and counts(p.relative_to(path)))
     return [(p.relative_to(path).as_posix(), file_digest(p)) for p in files]
+
+
+def counts(path: Path) -> bool:
+    """Whether the file is content: not hidden, and not what Python compiles beside its sources."""
+    return not path.name.startswith(".") and "__pycache__" not in path.parts
 
 
 def content_key(section: object, inputs: Sequence[Path]) -> str:
@@ -134,7 +139,7 @@ def kept(
         root: The project's folder.
 
     Raises:
-        BusyError: Another process builds the same out.
+        BusyError: Another process builds the same out, or another out from the same inputs.
         MissingError: An input is not there.
         ParamsError: The inputs or the parameters changed while the block ran.
     """
@@ -146,15 +151,17 @@ def kept(
         keep = Keep(tuple(sibling(out, "new") for out in outs), root / WORK / name.replace("@", "/") / before[:32])
         for path in keep.building:
             discard(path)
-        keep.work.mkdir(parents=True, exist_ok=True)
-        try:
-            yield keep
-            if content_key(section(), inputs) != before:
-                fix = f"run it again: dvc repro {name}"
-                raise ParamsError(name, "its inputs or parameters changed while it ran; nothing was recorded", fix)
-            for path, out in zip(keep.building, outs, strict=True):
-                put_in_place(path, out)
-        finally:
-            for path in keep.building:
-                discard(path)
-        shutil.rmtree(keep.work, ignore_errors=True)
+        # Two `dvc exp run --temp` write outs of their own, but the same inputs give them one work folder.
+        with locked(str(keep.work), root):
+            keep.work.mkdir(parents=True, exist_ok=True)
+            try:
+                yield keep
+                if content_key(section(), inputs) != before:
+                    fix = f"run it again: dvc repro {name}"
+                    raise ParamsError(name, "its inputs or parameters changed while it ran; nothing was recorded", fix)
+                for path, out in zip(keep.building, outs, strict=True):
+                    put_in_place(path, out)
+            finally:
+                for path in keep.building:
+                    discard(path)
+            shutil.rmtree(keep.work, ignore_errors=True)

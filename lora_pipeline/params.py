@@ -15,12 +15,13 @@ from lora_pipeline.yaml_file import read_yaml
 # Of several faults reported for one value, these say most.
 TELLING = ("extra_forbidden", "value_error")
 
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+# Without dots: to DVC `concepts.v1.5` is the key 5 of v1.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def _name(value: str) -> str:
-    if not NAME.match(value):
-        raise ValueError("a name is letters, digits, '-', '_' and '.', and starts with a letter or digit")
+    if not NAME.fullmatch(value):
+        raise ValueError("a name is letters, digits, '-' and '_', and starts with a letter or digit")
     return value
 
 

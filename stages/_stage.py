@@ -15,8 +15,10 @@ from lora_pipeline.errors import ParamsError
 from lora_pipeline.keeping import die_with_parent, file_digest, kept
 from lora_pipeline.params import suggestion
 from lora_pipeline.tracking import Tracker, track
+from lora_pipeline.yaml_file import read_yaml
 
 PARAMS = Path("params.yaml")
+PIPELINE = Path("dvc.yaml")
 LINE_SECONDS = 5.0  # between plain progress lines
 
 T = TypeVar("T")
@@ -85,6 +87,18 @@ def entry(sections: Mapping[str, T], where: str, name: str) -> T:
     return sections[name]
 
 
+def code(verb: str) -> list[Path]:
+    """The code and library versions that dvc.yaml says the stage is made of; none where there is no dvc.yaml.
+
+    A checkpoint of other code must not be gone on from, and code that changes during a run is recorded wrongly.
+    """
+    if not PIPELINE.is_file():
+        return []
+    entry = read_yaml(PIPELINE)["stages"].get(verb, {})
+    deps = entry.get("do", entry).get("deps", [])
+    return [Path(dep) for dep in deps if dep.startswith(("lora_pipeline/", "stages/")) or dep == "requirements.lock"]
+
+
 @contextmanager
 def stage(
     verb: str, instance: str, *, out: Path | Sequence[Path], inputs: Sequence[Path], section: Callable[[], object],
@@ -102,7 +116,7 @@ def stage(
         die_with_parent()
     outs = (out,) if isinstance(out, Path) else tuple(out)
     root, name = project_root(), f"{verb}@{instance}"
-    with kept(name, outs, inputs, section, root) as keep, track(verb, instance, root) as tracker:
+    with kept(name, outs, [*inputs, *code(verb)], section, root) as keep, track(verb, instance, root) as tracker:
         tracker.params(flat(section()))
         yield Stage(keep.building, keep.work, tracker)
         for path, final in zip(keep.building, outs, strict=True):

@@ -37,8 +37,8 @@ def paths(entries: list[Any]) -> set[str]:
 
 def options(verb: str) -> dict[str, str]:
     words = shlex.split(STAGES[verb]["do"]["cmd"])
-    assert words[:2] == ["lora-pipe", verb]
-    return dict(zip(words[2::2], words[3::2], strict=True))
+    assert words[:3] == ["exec", "lora-pipe", verb], "a shell in between would survive a killed dvc"
+    return dict(zip(words[3::2], words[4::2], strict=True))
 
 
 def touches(one: str, other: str) -> bool:

@@ -192,3 +192,21 @@ def test_key_depends_on_names_contents_and_params_and_on_nothing_else(tmp_path: 
 def test_a_missing_input_is_told_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="nowhere"), kept("t@a", [tmp_path / "o"], [Path("nowhere")], dict, tmp_path):
         pass
+
+
+def test_outs_of_the_same_inputs_are_made_one_after_the_other(tmp_path: Path, source: Path) -> None:
+    """Two temporary DVC experiments have outs of their own, and one work folder."""
+    with kept("train@a", [tmp_path / "one"], [source], dict, tmp_path) as keep:
+        build(keep)
+        (keep.work / "checkpoint").write_text("step 3")
+        with pytest.raises(BusyError), kept("train@a", [tmp_path / "two"], [source], dict, tmp_path):
+            pass
+        assert (keep.work / "checkpoint").read_text() == "step 3"
+
+
+def test_what_python_compiles_is_no_content(tmp_path: Path) -> None:
+    (tmp_path / "room.py").write_text("x = 1")
+    key = content_key({}, [tmp_path])
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "room.cpython-311.pyc").write_bytes(b"1")
+    assert content_key({}, [tmp_path]) == key

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lora_pipeline.errors import MissingError, ParamsError
+from lora_pipeline.params import Params, load_params
+from lora_pipeline.yaml_file import LARGEST_BYTES, read_yaml
+
+SHIPPED = (Path(__file__).parents[2] / "params.yaml").read_text(encoding="utf-8")
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def written(text: str) -> Path:
+        path = tmp_path / "params.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return written
+
+
+def edited(old: str, new: str) -> str:
+    assert old in SHIPPED
+    return SHIPPED.replace(old, new, 1)
+
+
+def refusal(path: Path) -> ParamsError:
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    assert caught.value.exit_code == 3
+    return caught.value
+
+
+def test_the_shipped_file_is_sound(write: Write) -> None:
+    params = load_params(write(SHIPPED))
+    assert set(params.concepts) == {"zorp", "sticker"}
+    assert params.renders["schedule"].weights["sticker"] == [(0.0, 0.0), (0.4, 0.0), (0.7, 1.0), (1.0, 1.0)]
+
+
+def test_params_cannot_be_changed(write: Write) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_params(write(SHIPPED)).seed = 8
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "said"),
+    [
+        ("rank: 8   ", "rank: 0   ", "concepts.zorp.train.rank", "1, found 0"),
+        ("rank: 8   ", "rank: 8.5   ", "concepts.zorp.train.rank", "integer, found 8.5"),
+        ("batch_size: 4", "batch_size: true", "concepts.zorp.train.batch_size", "found True"),
+        ("method: pti", "method: dreambooth", "concepts.zorp.train.method", "found 'dreambooth'"),
+        ("crop: center", "crop: no", "concepts.zorp.preprocess.crop", "found 'no'"),
+        ("alpha: 8.0", "alpha: .nan", "concepts.zorp.train.alpha", "finite"),
+        ("alpha: 8.0", "alpha: 1e999", "concepts.zorp.train.alpha", "finite"),
+        ("caption_dropout: 0.0", "caption_dropout: 1.0", "concepts.zorp.train.caption_dropout", "less than 1"),
+        ("[0.4, 0.0], [0.7, 1.0]", "[0.7, 0.0], [0.4, 1.0]", "renders.schedule.weights.sticker", "rising"),
+        ("base: models/base", "base: ../base", "base", "inside the project"),
+        ("zorp-sticker:\n    weights", "v1.5:\n    weights", "blends.v1.5", "a name is letters"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_by_its_key(write: Write, old: str, new: str, key: str, said: str) -> None:
+    error = refusal(write(edited(old, new)))
+    assert key in error.where
+    assert said in error.problem
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "meant"),
+    [
+        ("rank: 8   ", "ranks: 8   ", "'rank'"),
+        ("blends:", "blend:", "'blends'"),
+        ("captions: files", "caption: files", "'captions'"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(write: Write, old: str, new: str, meant: str) -> None:
+    assert meant in refusal(write(edited(old, new))).fix
+
+
+def test_an_unknown_concept_names_the_nearest_known_one(write: Write) -> None:
+    error = refusal(write(edited("{zorp: 1.0, sticker: 0.8}", "{zrop: 1.0}")))
+    assert "blends.zorp-sticker.weights" in error.where
+    assert "'zorp'" in error.fix
+
+
+def test_a_method_with_a_token_needs_one(write: Write) -> None:
+    error = refusal(write(edited('placeholder_token: "<zorp>"', "placeholder_token: null")))
+    assert "placeholder_token is null" in error.problem
+
+
+def keys_of(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The fixed keys of the file: not the names users give to concepts, blends, merges and render sets."""
+    if not isinstance(value, dict):
+        return []
+    below = [inner for key, item in value.items() for inner in keys_of(item, (*path, key))]
+    named = len(path) == 1 or path[-1:] == ("weights",)
+    return below + ([] if named else [(*path, key) for key in value])
+
+
+def test_no_key_has_a_default(write: Write) -> None:
+    """A value that DVC cannot see is a value it cannot rerun for."""
+    whole = read_yaml(write(SHIPPED))
+    keys = keys_of(whole)
+    assert len(keys) > 80
+    for path in keys:
+        content: Any = read_yaml(write(SHIPPED))
+        section = content
+        for key in path[:-1]:
+            section = section[key]
+        del section[path[-1]]
+        with pytest.raises(ValidationError, match="Field required"):
+            Params.model_validate(content)
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "1.0E-4", "0.0001", "1e-04", "+.0001"])
+def test_a_learning_rate_is_a_number_however_it_is_written(write: Write, written: str) -> None:
+    params = load_params(write(edited("tuning_learning_rate: 2.0e-3", f"tuning_learning_rate: {written}")))
+    assert params.concepts["zorp"].train.tuning_learning_rate == 0.0001
+
+
+@pytest.mark.parametrize("word", ["no", "on", "off", "yes", "y", "1:30", "1_000", "2020-01-01", "="])
+def test_what_yaml_1_1_would_twist_stays_text(write: Write, word: str) -> None:
+    assert read_yaml(write(f"key: {word}")) == {"key": word}
+
+
+@given(value=st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.booleans() | st.none())
+def test_values_are_what_dvc_reads(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    """DVC reads with ruamel.yaml; what it tracks must be what we use."""
+    from ruamel.yaml import YAML
+
+    spelt = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    path = tmp_path_factory.mktemp("yaml") / "params.yaml"
+    path.write_text(f"key: {spelt}\n", encoding="utf-8")
+    ours, theirs = read_yaml(path)["key"], YAML(typ="safe").load(path)["key"]
+    assert (ours, type(ours)) == (theirs, type(theirs)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 7\nseed: 8", "twice"),
+        ("a: {b: 1, b: 2}", "twice"),
+        ("key: !!python/object/apply:os.system ['true']", "tag"),
+        ("- a list", "expected `key: value`"),
+        ("\tseed: 7", "cannot start any token"),
+        ("a: 1\n---\nb: 2", "another document"),
+        ("? [a, b]\n: 1", "a key must be"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested"),
+    ],
+)
+def test_what_is_no_plain_yaml_is_refused(write: Write, text: str, said: str) -> None:
+    assert said in refusal(write(text)).problem
+
+
+def test_a_file_of_another_size_or_encoding_is_refused(write: Write) -> None:
+    assert "larger" in refusal(write("#" * (LARGEST_BYTES + 1))).problem
+    path = write("")
+    path.write_bytes(b"a: \xff")
+    assert "UTF-8" in refusal(path).problem
+
+
+def test_no_file_is_told_as_missing(tmp_path: Path) -> None:
+    with pytest.raises(MissingError):
+        load_params(tmp_path / "params.yaml")
