@@ -25,7 +25,7 @@ from lora_pipeline.injection.tokens import add_placeholder
 from lora_pipeline.keeping import content_key
 from lora_pipeline.params import ConceptParams, PriorsParams, TrainParams
 from lora_pipeline.pretrained.components import Components
-from lora_pipeline.rendering.sampling import sample
+from lora_pipeline.rendering.sampling import pictures_at_once, sample
 from lora_pipeline.toyworld.captions import place_words
 from lora_pipeline.toyworld.drawing import draw
 from lora_pipeline.toyworld.scene import SCENERY, mascot_scene
@@ -33,7 +33,6 @@ from lora_pipeline.training.tuning import Task, Tuned, private, tune
 
 MODEL = "zorp"  # the concept of params.yaml whose section all subjects are learnt by
 BACKGROUNDS = (*SCENERY, "red", "green", "yellow", "black")  # plain ones on which every mascot stands out
-BATCH = 16
 DRAWN_STREAM = 7  # apart from every stream of `toyworld`
 SEED_STRIDE = 10_000  # pictures a seed may have; class pictures for training are below the first of them
 
@@ -112,7 +111,7 @@ def paint(
     """Pictures uint8 (n, 64, 64, 3), with the settings that class pictures have."""
     return sample(
         components, prompts, seeds, steps=settings.steps, guidance_scale=settings.guidance_scale,
-        negative_prompt="", weights_at=None, batch=BATCH,
+        negative_prompt="", weights_at=None, batch=pictures_at_once(components),
     )  # fmt: skip
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 EVERY = 100  # steps between lines
 GUIDANCE_SCALE = 3.0
 STEPS = 20
-BATCH = 50
 Work = Annotated[Path, typer.Option(help="Where pictures and checkpoints are kept between tries.")]
 
 
@@ -95,7 +94,7 @@ def base_score(
     import numpy as np
 
     from lora_pipeline.pretrained.components import load_components
-    from lora_pipeline.rendering.sampling import sample
+    from lora_pipeline.rendering.sampling import pictures_at_once, sample
     from lora_pipeline.toyworld.autoencoder import reconstructed
     from lora_pipeline.toyworld.card import table, write_card
     from lora_pipeline.toyworld.judge import load_judge
@@ -107,7 +106,7 @@ def base_score(
         return np.asarray(
             sample(
                 components, prompts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, negative_prompt="",
-                weights_at=None, batch=BATCH,
+                weights_at=None, batch=pictures_at_once(components),
             )
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
@@ -58,7 +59,8 @@ def load_components(base: Path) -> Components:
         tokenizer=_loaded(base / "tokenizer", CLIPTokenizer),
         text_encoder=_frozen(base / "text_encoder", CLIPTextModel),
         vae=_frozen(base / "vae", AutoencoderKL),
-        unet=_frozen(base / "unet", UNet2DConditionModel),
+        # Convolutions are 10-20 % faster with the channels innermost.
+        unet=_frozen(base / "unet", UNet2DConditionModel).to(memory_format=torch.channels_last),
         scheduler=_scheduler(base, index),
     )
 

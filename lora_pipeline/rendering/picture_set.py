@@ -10,11 +10,10 @@ from pathlib import Path
 from lora_pipeline.adapters.adapter import Json
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.rendering.records import write_picture
-from lora_pipeline.rendering.sampling import WeightsAt, sample
+from lora_pipeline.rendering.sampling import WeightsAt, pictures_at_once, sample
 from lora_pipeline.rendering.sheet import contact_sheet
 
 PROMPT, CLASS = "prompt", "class"
-BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def write_set(
         guidance_scale=pictures.guidance_scale,
         negative_prompt=pictures.negative_prompt,
         weights_at=weights_at,
-        batch=BATCH,
+        batch=pictures_at_once(components),
         advance=advance,
     )
     (out / "images").mkdir(parents=True)

@@ -83,7 +83,7 @@ def _draw_block(components: Components, params: PriorsParams, seed: int, start: 
         guidance_scale=params.guidance_scale,
         negative_prompt="",
         weights_at=None,
-        batch=BLOCK,
+        batch=sampling.pictures_at_once(components),
     )
     for index, image in zip(indices, images, strict=True):
         building = cache / f".{index:04}.{os.getpid()}.png"  # another concept may draw the same

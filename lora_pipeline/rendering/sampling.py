@@ -20,6 +20,7 @@ from lora_pipeline.pretrained.components import Components
 from lora_pipeline.pretrained.encoding import decode_latents, encode_prompts
 
 WeightsAt = Callable[[float], None]
+LATENT_CELLS = 4096  # of all pictures of a batch
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ def picture_generator(seed: int, purpose: str) -> Generator:
     """A CPU generator that depends on its two arguments and nothing else."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def pictures_at_once(components: Components) -> int:
+    """How many pictures to draw together: 16 of 16 x 16 latents, one of 64 x 64, in about the same memory."""
+    side: int = components.unet.config.sample_size
+    return max(1, LATENT_CELLS // (side * side))
 
 
 def initial_latents(components: Components, seeds: Sequence[int]) -> Tensor:

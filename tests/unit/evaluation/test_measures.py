@@ -25,9 +25,18 @@ def test_likeness_is_the_cosine_with_the_centroid() -> None:
     assert likeness(torch.stack([EAST, NORTH]), EAST[None]).tolist() == [1.0, 0.0]
 
 
-def test_drift_of_a_quarter_turn_is_one_and_of_nothing_is_zero() -> None:
-    assert drift(EAST[None], NORTH[None]) == pytest.approx(1.0)
+def test_drift_is_the_squared_distance_of_the_means() -> None:
+    assert drift(EAST[None], NORTH[None]) == pytest.approx(2.0)
     assert drift(EAST[None], EAST[None]) == pytest.approx(0.0)
+
+
+def test_drift_of_samples_of_one_distribution_is_zero_on_average_at_any_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    told = []
+    for _ in range(400):
+        both = torch.nn.functional.normalize(torch.randn(10, 3, generator=generator) + 0.5, dim=1)
+        told.append(drift(both[:4], both[4:]))
+    assert abs(float(np.mean(told))) < 0.05
 
 
 def test_diversity_is_the_mean_over_different_pairs() -> None:
@@ -81,7 +90,7 @@ def test_scores_of_a_set() -> None:
     assert told["subject"] == pytest.approx(0.5, abs=1e-5)
     assert told["prompt_accuracy"] == 0.5
     assert told["leak"] == pytest.approx(0.0, abs=1e-5)
-    assert told["drift"] == pytest.approx(1.0, abs=1e-5)
+    assert told["drift"] == pytest.approx(2.0, abs=1e-3)
     assert "style" not in told
     assert told["subject_n"] == 2
 
