@@ -99,6 +99,10 @@ def main() -> NoReturn:
         signal.signal(number, stop)
     try:
         dispatch(arguments)
+        sys.stdout.flush()
+        code = 0
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0

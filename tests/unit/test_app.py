@@ -160,3 +160,10 @@ def test_help_is_there_at_once(tmp_path: Path) -> None:
         lora_pipe("--help", folder=tmp_path)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.6
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    script = f"{sys.executable} -c 'from stages.app import main; main()' --help | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+    assert not done.stderr
