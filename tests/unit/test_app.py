@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -152,18 +151,9 @@ app.main()
     assert told.startswith("error: stopped")
 
 
-def test_help_is_there_at_once(tmp_path: Path) -> None:
-    """0.3 s is the aim and 0.15 s the usual; a busy machine gets three tries and twice the time."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        lora_pipe("--help", folder=tmp_path)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.6
-
-
 def test_a_reader_that_stops_early_is_no_error() -> None:
-    script = f"{sys.executable} -c 'from stages.app import main; main()' --help | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -c 'from stages.app import main; main()' --help"
+    script = f"{command} | head -c 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
     assert not done.stderr
