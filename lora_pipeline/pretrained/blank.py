@@ -186,6 +186,9 @@ def tokenised(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 def save_base(parts: Parts, out: Path) -> None:
     """Write `parts` as a `StableDiffusionPipeline` folder of float16 safetensors."""
     out.mkdir(parents=True, exist_ok=True)
+    # A tokenizer remembers how it was last called, and would write that down.
+    parts.tokenizer.backend_tokenizer.no_truncation()
+    parts.tokenizer.backend_tokenizer.no_padding()
     parts.tokenizer.save_pretrained(out / "tokenizer")
     for name, model in (("text_encoder", parts.text_encoder), ("vae", parts.vae), ("unet", parts.unet)):
         halved: Any = copy.deepcopy(model)

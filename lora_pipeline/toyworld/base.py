@@ -35,14 +35,17 @@ WORDS = (
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """How many pictures of which stream each part learns from, and for how long."""
+    """How many pictures of which stream each part learns from, and for how long.
+
+    The denoiser is trained in legs: each starts from the averaged weights of the one before, with its own cosine.
+    """
 
     world: int
     composites: int
     autoencoder_world: int
     autoencoder_composites: int
     autoencoder: Recipe
-    denoiser: Recipe
+    denoiser: tuple[Recipe, ...]
     shards: int
     seed: int = 0
 
@@ -53,7 +56,10 @@ RECIPE = BaseRecipe(
     autoencoder_world=30_000,
     autoencoder_composites=20_000,
     autoencoder=Recipe(steps=6_500, batch=8, peak=2.5e-3),
-    denoiser=Recipe(steps=4_200, batch=48, peak=3e-3, hold=0.25),
+    denoiser=(
+        Recipe(steps=4_200, batch=48, peak=3e-3, hold=0.25),
+        Recipe(steps=3_000, batch=48, peak=2e-3, seed=1),
+    ),
     shards=4,
 )
 
@@ -85,8 +91,8 @@ def encoded(vae: blank.AutoencoderKL, pixels: np.ndarray) -> tuple[Tensor, Tenso
     means, deviations = [], []
     for start in range(0, len(pixels), ENCODED_AT_ONCE):
         posterior = vae.encode(to_tensor(pixels[start : start + ENCODED_AT_ONCE])).latent_dist
-        means.append(posterior.mean.half())
-        deviations.append(posterior.std.half())
+        means.append(posterior.mean.half().contiguous())
+        deviations.append(posterior.std.half().contiguous())
     return torch.cat(means), torch.cat(deviations)
 
 
@@ -136,9 +142,8 @@ def train_base(work: Path, out: Path, recipe: BaseRecipe, log: Log) -> None:
     model = Denoiser(text_encoder, unet)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing from torch's overloads
     scheduler = blank.blank_scheduler()
-    alphas = scheduler.alphas_cumprod
-    average = train_denoiser(
-        model, latents, alphas, recipe.denoiser, work / "denoiser.checkpoint", log("denoiser"), recipe.shards
-    )
-    load_weights(model, average.weights)
+    for leg, part in enumerate(recipe.denoiser, start=1):
+        checkpoint, report = work / f"denoiser-{leg}.checkpoint", log(f"denoiser, leg {leg}")
+        average = train_denoiser(model, latents, scheduler.alphas_cumprod, part, checkpoint, report, recipe.shards)
+        load_weights(model, average.weights)
     blank.save_base(blank.Parts(tokenizer, text_encoder, vae, unet, scheduler), out)

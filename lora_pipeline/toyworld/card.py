@@ -35,7 +35,8 @@ def write_card(base: Path, scores: Scores, count: int, seed: int) -> None:
     """Write MODEL_CARD.md into the folder `base`."""
     short = ", ".join(NAMES.get(name, name) for name in missed(scores))
     verdict = f"Below its bar: {short}." if short else "Every bar is reached."
-    pictures = RECIPE.denoiser.steps * RECIPE.denoiser.batch
+    legs = " and then ".join(f"{leg.steps:,} steps of {leg.batch}" for leg in RECIPE.denoiser)
+    pictures = sum(leg.steps * leg.batch for leg in RECIPE.denoiser)
     (base / "MODEL_CARD.md").write_text(
         f"""# The embedded base: a tiny Stable Diffusion of a drawn world
 
@@ -56,9 +57,9 @@ DDIM, 20 steps, guidance 3, judged by `models/judge` (`lora-pipe base score --co
 ## How it was made
 
 `lora-pipe base train` rebuilds it from seeds: {RECIPE.autoencoder.steps:,} steps of {RECIPE.autoencoder.batch} pictures
-for the autoencoder, then {RECIPE.denoiser.steps:,} steps of {RECIPE.denoiser.batch} ({pictures:,} pictures) for the
-text encoder and the UNet together: v-prediction, zero terminal signal, Muon, an average of the weights. It resumes
-where it was stopped. Bytes depend on the machine and on torch's version; what it can do does not.
+for the autoencoder, then {legs} ({pictures:,} pictures)
+for the text encoder and the UNet together: v-prediction, zero terminal signal, Muon, an average of the weights. It
+resumes where it was stopped. Bytes depend on the machine and on torch's version; what it can do does not.
 
 Licence: Apache-2.0, like the code. The training pictures are drawn by `lora_pipeline/toyworld/drawing.py`; nobody's
 work is in it.
