@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_pipeline.errors import CorruptError, MissingError
+from lora_pipeline.pretrained.threads import settle_threads
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 # Schedulers that sample from any step list and add noise by the training's betas.
@@ -55,12 +56,14 @@ def load_components(base: Path) -> Components:
     for part in PARTS:
         if not (base / part).is_dir():
             raise MissingError(str(base / part), "the base lacks this part", "download or copy the whole base again")
+    unet = _frozen(base / "unet", UNet2DConditionModel)
+    settle_threads(unet)
     return Components(
         tokenizer=_loaded(base / "tokenizer", CLIPTokenizer),
         text_encoder=_frozen(base / "text_encoder", CLIPTextModel),
         vae=_frozen(base / "vae", AutoencoderKL),
         # Convolutions are 10-20 % faster with the channels innermost.
-        unet=_frozen(base / "unet", UNet2DConditionModel).to(memory_format=torch.channels_last),
+        unet=unet.to(memory_format=torch.channels_last),
         scheduler=_scheduler(base, index),
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_pipeline.errors import CorruptError, MissingError
+from lora_pipeline.pretrained.threads import settle_threads
 from lora_pipeline.toyworld.scene import BACKGROUNDS, COLOURS, HELD_OUT_STYLE, KINDS, SIZES, STYLES, TEXTURES
 
 GRID = 16
@@ -185,4 +186,5 @@ def load_judge(folder: Path) -> Judge:
         raise CorruptError(str(weights), f"does not hold this judge's weights: {error}", FIX) from error
     if not all(weight.isfinite().all() for weight in judge.parameters()):
         raise CorruptError(str(weights), "holds numbers that are not finite", FIX)
+    settle_threads(judge)
     return judge.eval().requires_grad_(False)
