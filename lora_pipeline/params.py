@@ -96,7 +96,7 @@ class TrainParams(Section):
     tuning_steps: Count
     tuning_learning_rate: Positive
     initializer: str
-    vectors: AtLeastOne
+    vectors: Annotated[int, Field(ge=1, le=64)]
     caption_dropout: Annotated[Float, Field(ge=0, lt=1)]
     checkpoint_every: AtLeastOne
     sample_prompt: Text
@@ -119,12 +119,6 @@ class ConceptParams(Section):
     priors: PriorsParams
     train: TrainParams
     extract: ExtractParams
-
-    @model_validator(mode="after")
-    def _has_a_token_to_learn(self) -> ConceptParams:
-        if self.train.method in ("ti", "pti") and self.placeholder_token is None:
-            raise ValueError(f"method {self.train.method} learns a token, and placeholder_token is null")
-        return self
 
 
 class BlendParams(Section):
@@ -173,6 +167,12 @@ class Params(Section):
     renders: dict[Name, RenderParams]
 
     @model_validator(mode="after")
+    def _concepts_can_be_learnt(self) -> Params:
+        for name, concept in self.concepts.items():
+            _learnable(f"params.yaml: concepts.{name}", concept)
+        return self
+
+    @model_validator(mode="after")
     def _names_exist(self) -> Params:
         for section, recipes in (("blends", self.blends), ("merges", self.merges)):
             for name, recipe in recipes.items():
@@ -182,6 +182,24 @@ class Params(Section):
             _known(f"renders.{name}.evaluate", asked, self.concepts)
             _known(f"renders.{name}.weights", render.weights, {**self.concepts, **self.blends})
         return self
+
+
+def _learnable(where: str, concept: ConceptParams) -> None:
+    train = concept.train
+    if train.method in ("ti", "pti"):
+        if concept.placeholder_token is None:
+            problem, fix = f"is null, and method {train.method} learns it", "write one such as '<name>', or use lora"
+            raise ParamsError(f"{where}.placeholder_token", problem, fix)
+        if train.inversion_steps == 0:
+            raise ParamsError(
+                f"{where}.train.inversion_steps", f"is 0, and method {train.method} needs some", "write 100"
+            )
+    if train.method in ("lora", "pti"):
+        if train.tuning_steps == 0:
+            raise ParamsError(f"{where}.train.tuning_steps", f"is 0, and method {train.method} needs some", "write 200")
+        if train.prior_weight > 0 and concept.priors.count == 0:
+            problem = f"is {train.prior_weight:g}, and priors.count is 0"
+            raise ParamsError(f"{where}.train.prior_weight", problem, "write 0, or set priors.count above 0")
 
 
 def _known(where: str, names: Any, known: Any) -> None:
@@ -223,9 +241,15 @@ def _explained(path: Path, error: ValidationError) -> ParamsError:
         return ParamsError(where, "is missing", f"add `{keys[-1]}:` there")
     problem = fault["msg"].removeprefix("Value error, ")
     found = fault["input"]
+    if fault["type"] == "literal_error":
+        return ParamsError(where, f"{_lower(problem)}, found {found!r}", suggestion(found, _quoted(problem)))
     if isinstance(found, dict | list) and fault["type"] == "value_error":
         return ParamsError(where, problem, f"edit {where}")
     return ParamsError(where, f"{_lower(problem)}, found {found!r}", f"edit {where}")
+
+
+def _quoted(text: str) -> list[str]:
+    return re.findall("'([^']*)'", text)
 
 
 def _lower(text: str) -> str:

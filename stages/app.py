@@ -124,13 +124,23 @@ def told(error: BaseException) -> int:
     """Say on stderr what is wrong and what to do; returns the exit code."""
     known = recognised(error)
     if known is None:
-        LOG.parent.mkdir(parents=True, exist_ok=True)
-        LOG.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        words = f"error: lora-pipe: a bug of ours: {type(error).__name__}: {error}\nfix: report it with {LOG}\n"
+        words = (
+            f"error: lora-pipe: a bug of ours: {type(error).__name__}: {error}\nfix: report it with {logged(error)}\n"
+        )
     else:
         words = f"error: {known.where}: {known.problem}\nfix: {known.fix}\n"
     sys.stderr.write(words)
     return known.exit_code if known else 1
+
+
+def logged(error: BaseException) -> str:
+    """Where the error's traceback can be seen."""
+    try:
+        LOG.parent.mkdir(parents=True, exist_ok=True)
+        LOG.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:
+        return "what --debug prints"
+    return str(LOG)
 
 
 def recognised(error: BaseException) -> PipelineError | None:

@@ -127,6 +127,15 @@ def test_a_bug_leaves_a_log_that_the_message_names(
     assert "Traceback" not in told
 
 
+def test_a_bug_where_no_log_can_be_written_is_told_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(app, "LOG", tmp_path / "file" / "error.log")
+    assert failing(monkeypatch, ZeroDivisionError("x")) == 1
+    assert capsys.readouterr().err.endswith("fix: report it with what --debug prints\n")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_with_its_code(number: signal.Signals, code: int, tmp_path: Path) -> None:
     script = """

@@ -92,9 +92,22 @@ def test_an_unknown_concept_names_the_nearest_known_one(write: Write) -> None:
     assert "'zorp'" in error.fix
 
 
-def test_a_method_with_a_token_needs_one(write: Write) -> None:
-    error = refusal(write(edited('placeholder_token: "<zorp>"', "placeholder_token: null")))
-    assert "placeholder_token is null" in error.problem
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('placeholder_token: "<zorp>"', "placeholder_token: null", "concepts.zorp.placeholder_token"),
+        ("inversion_steps: 100", "inversion_steps: 0", "concepts.zorp.train.inversion_steps"),
+        ("tuning_steps: 200", "tuning_steps: 0", "concepts.zorp.train.tuning_steps"),
+        ("count: 48     ", "count: 0     ", "concepts.zorp.train.prior_weight"),
+    ],
+)
+def test_a_method_needs_what_it_learns(write: Write, old: str, new: str, key: str) -> None:
+    error = refusal(write(edited(old, new)))
+    assert error.where == f"params.yaml: {key}"
+
+
+def test_a_wrong_choice_names_the_nearest(write: Write) -> None:
+    assert "'pti'" in refusal(write(edited("method: pti", "method: ptti"))).fix
 
 
 def keys_of(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
