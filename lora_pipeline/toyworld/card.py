@@ -51,6 +51,7 @@ creatures) or the sticker style: those are left for users to teach.
 ## How often it paints what {count} random prompts ask, %
 
 DDIM, 20 steps, guidance 3, judged by `models/judge` (`lora-pipe base score --count {count} --seed {seed}`). {verdict}
+A creature has a colour only if each of its parts has.
 
 {table(scores)}
 

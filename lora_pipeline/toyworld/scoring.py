@@ -20,6 +20,7 @@ from lora_pipeline.toyworld.judge import HEADS, PARTS, Judge, answers, embedding
 from lora_pipeline.toyworld.judge_pool import Reconstruct
 from lora_pipeline.toyworld.scene import CREATURES, Scene, random_scene
 
+NO_EAR = PARTS["ear"][0]
 SMALLEST_CORE = 2  # cells; less is a speck
 TWO_OBJECTS = "objects"
 SCORED = ("kind", "colour", "background", "style", "texture", "size", TWO_OBJECTS)
@@ -100,6 +101,16 @@ def fits_kind(shown: str, kind: str | None) -> bool:
     return kind in (None, shown)
 
 
+def coloured(names: dict[str, str], colour: str) -> bool:
+    """Whether a lone object is `colour` all over: a creature in each of its parts, by the heads that see them.
+
+    The colour head calls a creature of unusual form composite, whatever its colours.
+    """
+    if fits_kind(names["kind"], ANY_CREATURE):
+        return names["top"] == names["bottom"] == colour and names["ear"] in (colour, NO_EAR)
+    return names["colour"] == colour
+
+
 def fits(found: Found, thing: Asked) -> bool:
     """Whether an object has the asked kind and colour."""
     return fits_kind(found.kind, thing.kind) and thing.colour in (None, found.colour)
@@ -124,8 +135,10 @@ def verdicts(reading: Reading, asked: Expectation) -> dict[str, bool]:
     if asked.relation:
         return right | {TWO_OBJECTS: both_objects(reading, asked)}
     (thing,) = asked.things
-    told = {name: getattr(thing, name) for name in ("colour", "texture", "size")}
+    told = {name: getattr(thing, name) for name in ("texture", "size")}
     right |= {name: names[name] == wanted for name, wanted in told.items() if wanted}
+    if thing.colour:
+        right["colour"] = coloured(names, thing.colour)
     if thing.kind:
         right["kind"] = names["count"] == "one" and fits_kind(names["kind"], thing.kind)
     return right

@@ -97,7 +97,7 @@ def test_an_unknown_concept_names_the_nearest_known_one(write: Write) -> None:
     [
         ('placeholder_token: "<zorp>"', "placeholder_token: null", "concepts.zorp.placeholder_token"),
         ("inversion_steps: 100", "inversion_steps: 0", "concepts.zorp.train.inversion_steps"),
-        ("tuning_steps: 200", "tuning_steps: 0", "concepts.zorp.train.tuning_steps"),
+        ("tuning_steps: 250", "tuning_steps: 0", "concepts.zorp.train.tuning_steps"),
         ("count: 48     ", "count: 0     ", "concepts.zorp.train.prior_weight"),
     ],
 )
@@ -136,7 +136,7 @@ def test_no_key_has_a_default(write: Write) -> None:
 
 @pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "1.0E-4", "0.0001", "1e-04", "+.0001"])
 def test_a_learning_rate_is_a_number_however_it_is_written(write: Write, written: str) -> None:
-    params = load_params(write(edited("tuning_learning_rate: 2.0e-3", f"tuning_learning_rate: {written}")))
+    params = load_params(write(edited("tuning_learning_rate: 4.0e-3", f"tuning_learning_rate: {written}")))
     assert params.concepts["zorp"].train.tuning_learning_rate == 0.0001
 
 

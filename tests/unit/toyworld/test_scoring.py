@@ -20,6 +20,7 @@ from lora_pipeline.toyworld.scoring import (
     both_objects,
     islands,
     objects,
+    readings,
     score_base,
     score_drawings,
     verdicts,
@@ -31,6 +32,7 @@ CAT, STAR = Found("cat", "red", 4.0, 8.0), Found("star", "blue", 12.0, 8.0)
 
 def reading(*found: Found, **names: str) -> Reading:
     told = {"kind": "cat", "colour": "red", "background": "beach", "texture": "plain", "size": "medium"}
+    told |= {"top": told["colour"], "bottom": told["colour"], "ear": told["colour"]}
     return Reading(told | {"style": "flat", "count": "two" if len(found) == 2 else "one"} | names, found)
 
 
@@ -70,6 +72,30 @@ def test_above_means_above() -> None:
     high, low = replace(CAT, x=8, y=3), replace(STAR, x=8, y=12)
     assert both_objects(reading(low, high), asked)
     assert not both_objects(reading(replace(high, y=12), replace(low, y=3)), asked)
+
+
+@pytest.mark.parametrize(
+    ("parts", "right"),
+    [
+        ({}, True),
+        ({"colour": "composite", "kind": "creature"}, True),
+        ({"ear": "none"}, True),
+        ({"top": "blue"}, False),
+        ({"bottom": "blue"}, False),
+        ({"ear": "blue"}, False),
+        ({"kind": "star", "top": "blue", "ear": "none"}, True),
+        ({"kind": "star", "colour": "blue"}, False),
+    ],
+)
+def test_a_creature_has_a_colour_in_all_its_parts(parts: dict[str, str], right: bool) -> None:
+    assert verdicts(reading(CAT, **parts), expectation("a red thing"))["colour"] is right
+
+
+def test_the_judge_tells_a_red_cat_from_one_that_is_red_above(judge: Judge) -> None:
+    cat = thing("cat", "red", 32.0, 32.0, radius=16.0)
+    for painted, right in ((cat, True), (replace(cat, bottom=COLOURS["blue"]), False)):
+        (read,) = readings(judge, drawn(Scene((painted,), "white", "flat")))
+        assert verdicts(read, expectation("a red cat"))["colour"] is right
 
 
 def test_only_what_is_asked_is_scored() -> None:
