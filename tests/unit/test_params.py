@@ -44,7 +44,7 @@ def refusal(path: Path) -> ParamsError:
 def test_the_shipped_file_is_sound(write: Write) -> None:
     params = load_params(write(SHIPPED))
     assert set(params.concepts) == {"zorp", "sticker"}
-    assert params.renders["schedule"].weights["sticker"] == [(0.0, 0.0), (0.4, 0.0), (0.7, 1.0), (1.0, 1.0)]
+    assert params.renders["schedule"].weights["sticker"] == [(0.0, 0.0), (0.2, 0.0), (0.5, 1.1), (1.0, 1.1)]
 
 
 def test_params_cannot_be_changed(write: Write) -> None:
@@ -63,7 +63,7 @@ def test_params_cannot_be_changed(write: Write) -> None:
         ("alpha: 8.0", "alpha: .nan", "concepts.zorp.train.alpha", "finite"),
         ("alpha: 8.0", "alpha: 1e999", "concepts.zorp.train.alpha", "finite"),
         ("caption_dropout: 0.0", "caption_dropout: 1.0", "concepts.zorp.train.caption_dropout", "less than 1"),
-        ("[0.4, 0.0], [0.7, 1.0]", "[0.7, 0.0], [0.4, 1.0]", "renders.schedule.weights.sticker", "rising"),
+        ("[0.2, 0.0], [0.5, 1.1]", "[0.5, 0.0], [0.2, 1.1]", "renders.schedule.weights.sticker", "rising"),
         ("base: models/base", "base: ../base", "base", "inside the project"),
         ("zorp-sticker:\n    weights", "v1.5:\n    weights", "blends.v1.5", "a name is letters"),
     ],
@@ -87,7 +87,7 @@ def test_an_unknown_key_names_the_nearest_known_one(write: Write, old: str, new:
 
 
 def test_an_unknown_concept_names_the_nearest_known_one(write: Write) -> None:
-    error = refusal(write(edited("{zorp: 1.0, sticker: 0.8}", "{zrop: 1.0}")))
+    error = refusal(write(edited("{zorp: 0.9, sticker: 1.1}", "{zrop: 1.0}")))
     assert "blends.zorp-sticker.weights" in error.where
     assert "'zorp'" in error.fix
 
