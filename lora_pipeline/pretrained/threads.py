@@ -9,11 +9,16 @@ from torch import nn
 SMALL = 60_000_000
 
 
+def is_small(model: nn.Module) -> bool:
+    """Whether the threads of one operation would wait for each other longer than they work."""
+    return sum(weight.numel() for weight in model.parameters()) < SMALL
+
+
 def settle_threads(model: nn.Module) -> None:
     """Keep the operations of a small `model` to one thread; larger ones use what torch or OMP_NUM_THREADS says.
 
-    Threads of a small operation wait for each other longer than they work, and on a busy machine for whole time
-    slices. One thread also makes the bytes of a run the same on any number of cores.
+    On a busy machine threads wait for whole time slices. One thread also makes the bytes of a run the same on any
+    number of cores.
     """
-    if sum(weight.numel() for weight in model.parameters()) < SMALL:
+    if is_small(model):
         torch.set_num_threads(1)

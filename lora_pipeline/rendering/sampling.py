@@ -9,7 +9,9 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +20,11 @@ from torch import Generator, Tensor
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.pretrained.encoding import decode_latents, encode_prompts
+from lora_pipeline.pretrained.threads import is_small
 
 WeightsAt = Callable[[float], None]
 LATENT_CELLS = 4096  # of all pictures of a batch
+_PAIR = ThreadPoolExecutor(2, "guidance", initializer=torch.set_num_threads, initargs=(1,))  # starts no thread yet
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,29 @@ def _draw(
         settings.weights_at(index / last)
         model_input = scheduler.scale_model_input(latents, timestep)
         if settings.guidance_scale > 1:
-            both = torch.cat([unwanted, wanted])
-            away, towards = components.unet(torch.cat([model_input] * 2), timestep, both).sample.chunk(2)
+            away, towards = _two_predictions(components.unet, model_input, timestep, unwanted, wanted)
             prediction = away + settings.guidance_scale * (towards - away)
         else:
             prediction = components.unet(model_input, timestep, wanted).sample
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
     return _to_bytes(decode_latents(components.vae, latents))
+
+
+def _two_predictions(
+    unet: Any, latents: Tensor, timestep: Tensor, unwanted: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The UNet's predictions under two conditions: together, or by a small UNet on two threads."""
+    if not is_small(unet):
+        away, towards = unet(torch.cat([latents] * 2), timestep, torch.cat([unwanted, wanted])).sample.chunk(2)
+        return away, towards
+
+    @torch.inference_mode()  # a thread has a mode of its own
+    def predict(states: Tensor) -> Tensor:
+        prediction: Tensor = unet(latents, timestep, states).sample
+        return prediction
+
+    away, towards = _PAIR.map(predict, (unwanted, wanted))
+    return away, towards
 
 
 def _to_bytes(images: Tensor) -> np.ndarray:
