@@ -24,6 +24,8 @@ class Adapter:
         embeddings: By placeholder token, each (vectors, dim).
         provenance: Where it comes from. `base` is the fingerprint of the base it was made for, `parents` what it was
             made of; the rest is free.
+        foreign: Tensors of the file it was read from that mean nothing here, by their names there. They are carried
+            along, and whoever would have to understand them refuses (`check_understood`).
 
     Raises:
         CorruptError: A name that is no target, or an embedding that is not (vectors, dim).
@@ -32,6 +34,7 @@ class Adapter:
     factors: Mapping[str, LoraFactors]
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: Mapping[str, Json] = field(default_factory=dict)
+    foreign: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.factors:
@@ -42,6 +45,22 @@ class Adapter:
             if rows.ndim != 2 or rows.numel() == 0 or not token or token != token.strip():
                 problem = f"an embedding of shape {tuple(rows.shape)} for token {token!r}"
                 raise CorruptError(token, problem, "use (vectors, dim) rows under a token without outer blanks")
+
+
+def check_understood(where: str, adapter: Adapter) -> None:
+    """Refuses an adapter of which a part would be lost.
+
+    Args:
+        where: The file to name in the error.
+        adapter: What is to be used.
+
+    Raises:
+        CorruptError: It holds foreign tensors; some are named.
+    """
+    if adapter.foreign:
+        some = ", ".join(sorted(adapter.foreign)[:3])
+        problem = f"holds {len(adapter.foreign)} tensors of an unknown kind ({some})"
+        raise CorruptError(where, problem, "use a program that knows them, or a version of the file without them")
 
 
 def check_base(where: str, adapter: Adapter, base: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_pipeline.adapters.adapter import Adapter, Json, check_base
+from lora_pipeline.adapters.adapter import Adapter, Json, check_base, check_understood
 from lora_pipeline.adapters.formats import native
 from lora_pipeline.adapters.lora import LoraFactors, concatenated
 from lora_pipeline.adapters.storage import tensor_bytes
@@ -30,12 +30,13 @@ def compose(parts: Sequence[Part]) -> Adapter:
         An adapter with the ranks' sum for rank, and all tokens. One part at weight 1 comes back with its own factors.
 
     Raises:
-        CorruptError: The adapters were made for different bases.
+        CorruptError: The adapters were made for different bases, or hold tensors of an unknown kind.
         ParamsError: Two adapters use one token for different rows.
     """
     bases = {str(adapter.provenance["base"]) for _, adapter, _ in parts if "base" in adapter.provenance}
     for name, adapter, _ in parts:
         check_base(name, adapter, min(bases, default=""))
+        check_understood(name, adapter)
     targets = sorted({target for _, adapter, _ in parts for target in adapter.factors})
     provenance: dict[str, Json] = {"kind": "blend", "parents": parents(parts)}
     if bases:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_pipeline.adapters.adapter import check_base
+from lora_pipeline.adapters.adapter import check_base, check_understood
 from lora_pipeline.adapters.composition import Part, joined_embeddings, parents, summed
 from lora_pipeline.adapters.fingerprint import TEXT_ENCODER_WEIGHTS, UNET_WEIGHTS, base_fingerprint, weight_files
 from lora_pipeline.adapters.header import TensorEntry, read_header
@@ -55,6 +55,7 @@ def merge(base: Path, parts: Sequence[Part], out: Path, dtype: str | None) -> No
     fingerprint = base_fingerprint(base)
     for name, adapter, _ in parts:
         check_base(name, adapter, fingerprint)
+        check_understood(name, adapter)
     embeddings = dict(sorted(joined_embeddings(parts).items()))
     names = [name for token, rows in embeddings.items() for name in token_names(token, len(rows))]
     first, vocabulary = with_tokens(base / "tokenizer", names) if names else (0, {})

@@ -1,21 +1,26 @@
 """Names of the layers an adapter changes.
 
-`unet.<module path as diffusers spells it>` or `text_encoder.text_model.<module path>`. Published files always write
-`text_model.`; transformers 5 dropped that level from its live module names and from the checkpoints it saves.
+`unet.<module path as diffusers spells it>`, `text_encoder.text_model.<module path>`, and for SDXL's second encoder
+`text_encoder_2.text_model.<module path>`. Published files always write `text_model.`; transformers 5 dropped that level
+from its live module names and from the checkpoints it saves.
 """
 
 from __future__ import annotations
 
 UNET = "unet"
 TEXT_ENCODER = "text_encoder"
-_ROOTS = {UNET: "unet.", TEXT_ENCODER: "text_encoder.text_model."}
+TEXT_ENCODER_2 = "text_encoder_2"
+MODELS = (UNET, TEXT_ENCODER, TEXT_ENCODER_2)
+_ROOTS = {
+    UNET: "unet.", TEXT_ENCODER: "text_encoder.text_model.", TEXT_ENCODER_2: "text_encoder_2.text_model.",
+}  # fmt: skip
 
 
 def root(prefix: str) -> str:
     """What every target name of a model starts with.
 
     Args:
-        prefix: `unet` or `text_encoder`.
+        prefix: One of `MODELS`.
     """
     return _ROOTS[prefix]
 
@@ -33,6 +38,6 @@ def module_path(target: str) -> str:
 
 def target_of(prefix: str, path: str) -> str:
     """The target name of a module or checkpoint path, which may or may not carry `text_model.`."""
-    if prefix == TEXT_ENCODER:
+    if prefix != UNET:
         path = path.removeprefix("text_model.")
     return root(prefix) + path

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.adapter import Adapter, check_understood
 from lora_pipeline.adapters.lora import LoraFactors, fitted
 from lora_pipeline.adapters.targets import root, target_of
 from lora_pipeline.errors import CorruptError, ParamsError
@@ -84,6 +84,7 @@ def inject_adapter(model: nn.Module, prefix: str, adapter: Adapter, name: str) -
     Raises:
         CorruptError: A target the model does not have, or factors of another shape. The model is unchanged then.
     """
+    check_understood(name, adapter)
     _refuse_taken_name(model, name)
     layers = _layers(model, prefix)
     mine = {}

@@ -1,6 +1,7 @@
 """The native format, version 1.
 
-Tensors: `<target>.down`, `<target>.up` and `embedding.<token>`, in the dtype they were trained in.
+Tensors: `<target>.down`, `<target>.up` and `embedding.<token>`, in the dtype they were trained in; `foreign.<name>` for
+those that another format's file held and nobody here understands.
 Metadata: one key, `lora_pipeline`, holding sorted JSON::
 
     {"alphas": {target: alpha}, "format": 1, "provenance": {...}}
@@ -23,6 +24,7 @@ NAME = "native"
 METADATA_KEY = "lora_pipeline"
 VERSION = 1
 _EMBEDDING = "embedding."
+_FOREIGN = "foreign."
 _FIX = "make the file again with `lora-pipe extract`"
 
 
@@ -38,9 +40,9 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter
         CorruptError: A tensor too many or too few, a shape that does not fit, an unknown version.
     """
     alphas, provenance = _parse_metadata(metadata)
-    embeddings = {name.removeprefix(_EMBEDDING): rows for name, rows in tensors.items() if name.startswith(_EMBEDDING)}
+    embeddings = _under(_EMBEDDING, tensors)
     expected = {f"{target}.{side}" for target in alphas for side in ("down", "up")}
-    found = {name for name in tensors if not name.startswith(_EMBEDDING)}
+    found = {name for name in tensors if not name.startswith((_EMBEDDING, _FOREIGN))}
     if expected != found:
         name = min(expected ^ found)
         raise CorruptError(name, "is missing" if name in expected else "has no alpha in the metadata", _FIX)
@@ -50,7 +52,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter
             factors[target] = LoraFactors(tensors[f"{target}.down"], tensors[f"{target}.up"], alpha)
         except CorruptError as error:
             raise CorruptError(target, error.problem, error.fix) from None
-    return Adapter(factors, embeddings, provenance)
+    return Adapter(factors, embeddings, provenance, _under(_FOREIGN, tensors))
 
 
 def render(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -58,9 +60,14 @@ def render(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {f"{target}.down": factors.down for target, factors in adapter.factors.items()}
     tensors |= {f"{target}.up": factors.up for target, factors in adapter.factors.items()}
     tensors |= {_EMBEDDING + token: rows for token, rows in adapter.embeddings.items()}
+    tensors |= {_FOREIGN + name: tensor for name, tensor in adapter.foreign.items()}
     alphas = {target: factors.alpha for target, factors in adapter.factors.items()}
     document = {"alphas": alphas, "format": VERSION, "provenance": adapter.provenance}
     return tensors, {METADATA_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _parse_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
