@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_pipeline.adapters.header import Header, read_header
+from lora_pipeline.adapters.recognition import recognise
 
-_DOWN = {".down": "native", ".lora_A.weight": "diffusers"}
-_EMBEDDINGS = {"embedding.": "native", "lora_pipeline.embedding.": "diffusers"}
+_DOWN = (".down", ".lora_A.weight")
+_EMBEDDINGS = ("embedding.", "lora_pipeline.embedding.")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Description:
     """A safetensors file at a glance.
 
     Args:
-        format: `native`, `diffusers` or `unknown`.
+        format: See `recognition`; `unknown` where it is none of them.
         layers: How many layers it changes, by model.
         ranks: How many layers have each rank.
         tokens: Vectors by placeholder token.
@@ -47,7 +48,7 @@ def describe(path: Path) -> Description:
         MissingError, CorruptError: See `read_header`.
     """
     header = read_header(path)
-    downs = {name: entry for name, entry in header.tensors.items() if name.endswith(tuple(_DOWN))}
+    downs = {name: entry for name, entry in header.tensors.items() if name.endswith(_DOWN)}
     tokens = {
         name.removeprefix(start): entry.shape[0]
         for name, entry in header.tensors.items()
@@ -55,7 +56,7 @@ def describe(path: Path) -> Description:
         if name.startswith(start) and entry.shape
     }
     return Description(
-        format=_format(header),
+        format=recognise({name: entry.shape for name, entry in header.tensors.items()}, header.metadata) or "unknown",
         layers=_counted(name.partition(".")[0] for name in downs),
         ranks=_counted(entry.shape[0] for entry in downs.values() if entry.shape),
         tokens=dict(sorted(tokens.items())),
@@ -64,17 +65,6 @@ def describe(path: Path) -> Description:
         size=path.stat().st_size,
         provenance=_provenance(header),
     )
-
-
-def _format(header: Header) -> str:
-    for name in sorted(header.tensors):
-        for end, form in _DOWN.items():
-            if name.endswith(end):
-                return form
-        for start, form in _EMBEDDINGS.items():
-            if name.startswith(start):
-                return form
-    return "unknown"
 
 
 def _provenance(header: Header) -> dict[str, Any]:

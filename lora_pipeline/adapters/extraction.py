@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_pipeline.adapters.adapter import Adapter, Json, check_base
 from lora_pipeline.adapters.compression import truncate
 from lora_pipeline.adapters.lora import LoraFactors
+from lora_pipeline.adapters.ranks import RankRule
 from lora_pipeline.errors import ParamsError
 
 
@@ -46,12 +47,13 @@ def extract(tuned: Adapter, base: str, rank: int | None, provenance: Mapping[str
     residuals: dict[str, float] = {}
     lost, total = 0.0, 0.0
     for target, trained in tuned.factors.items():
-        factors[target], residuals[target] = truncate(trained, rank if rank is not None else trained.rank)
+        rule = RankRule("rank", rank if rank is not None else trained.rank)
+        factors[target], residuals[target] = truncate(trained, rule)
         energy = squared_norm(trained)
         lost, total = lost + residuals[target] ** 2 * energy, total + energy
     residual = (lost / total) ** 0.5 if total else 0.0
     document = {**tuned.provenance, **provenance, "base": base, "residual": round(residual, 6)}
-    return Extraction(Adapter(factors, tuned.embeddings, document), residuals, residual)
+    return Extraction(replace(tuned, factors=factors, provenance=document), residuals, residual)
 
 
 def squared_norm(factors: LoraFactors) -> float:

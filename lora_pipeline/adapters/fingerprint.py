@@ -10,6 +10,7 @@ from lora_pipeline.errors import CorruptError, MissingError
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER_WEIGHTS = "text_encoder/model.safetensors"
+TEXT_ENCODER_2_WEIGHTS = "text_encoder_2/model.safetensors"
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
 

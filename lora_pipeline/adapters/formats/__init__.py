@@ -1,57 +1,51 @@
-"""File formats of adapters: one file each, with `recognises`, `parse` and `render`, told apart by the header alone."""
+"""File formats of adapters: one file each, with `parse` and, where we write it, its inverse `render`.
+
+Which one a file is of is told by its header alone, see `adapters.recognition`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.adapters.formats import diffusers, native
+from lora_pipeline.adapters.recognition import DIFFUSERS, NATIVE, recognise
 from lora_pipeline.adapters.storage import read_tensors, write_tensors
-from lora_pipeline.errors import CorruptError
+from lora_pipeline.errors import CorruptError, UsageError
 
+# Reads the adapter out of a file's tensors and metadata; raises CorruptError naming the tensor or key at fault.
+Parse = Callable[[Mapping[str, Tensor], Mapping[str, str]], Adapter]
+# The tensors and metadata of the file that `parse` reads back; raises CorruptError for what the format cannot hold.
+Render = Callable[[Adapter], tuple[dict[str, Tensor], dict[str, str]]]
 
-class Format(Protocol):
-    """What a module of this package offers."""
-
-    NAME: str
-
-    def recognises(self, names: Collection[str], metadata: Mapping[str, str], /) -> bool:
-        """Whether a file with these tensor names and this metadata is of the format."""
-        ...
-
-    def parse(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
-        """The adapter that a file holds; raises CorruptError naming the tensor or key at fault."""
-        ...
-
-    def render(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors and metadata of the file that `parse` reads back."""
-        ...
-
-
-FORMATS: tuple[Format, ...] = (diffusers, native)
+READERS: dict[str, Parse] = {NATIVE: native.parse, DIFFUSERS: diffusers.parse}
+WRITERS: dict[str, Render] = {NATIVE: native.render, DIFFUSERS: diffusers.render}
 
 
 def load(path: Path) -> Adapter:
     """Reads an adapter of any known format; see `lora_pipeline.adapters.load_adapter`."""
     tensors, metadata = read_tensors(path)
-    for form in FORMATS:
-        if form.recognises(tensors.keys(), metadata):
-            break
-    else:
-        known = " or ".join(form.NAME for form in FORMATS)
+    form = recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
+    if form not in READERS:
         example = min(tensors, default="no tensor at all")
-        raise CorruptError(str(path), f"is no adapter of a known format ({example:.100})", f"give a {known} adapter")
+        problem = f"is no adapter of a known format ({example:.100})"
+        raise CorruptError(str(path), problem, f"give an adapter of one of the formats {', '.join(READERS)}")
     try:
-        return form.parse(tensors, metadata)
+        return READERS[form](tensors, metadata)
     except CorruptError as error:
         raise CorruptError(f"{path}: {error.where}", error.problem, error.fix) from None
 
 
-def save(adapter: Adapter, path: Path, form: Format = native) -> None:
-    """Writes an adapter; see `lora_pipeline.adapters.save_adapter`."""
-    tensors, metadata = form.render(adapter)
+def save(adapter: Adapter, path: Path, form: str = NATIVE) -> None:
+    """Writes an adapter; see `lora_pipeline.adapters.save_adapter`.
+
+    Raises:
+        UsageError: A format that is not written.
+    """
+    if form not in WRITERS:
+        raise UsageError(form, "is no format that is written", f"use one of {', '.join(WRITERS)}")
+    tensors, metadata = WRITERS[form](adapter)
     write_tensors(path, tensors, metadata)

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,17 +22,11 @@ from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET, module_path, root, target_of
 from lora_pipeline.errors import CorruptError
 
-NAME = "diffusers"
 CONFIG_KEY = "lora_adapter_metadata"
 PROVENANCE_KEY = "lora_pipeline"
 _EMBEDDING = "lora_pipeline.embedding."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save")
-
-
-def recognises(names: Collection[str], _metadata: Mapping[str, str]) -> bool:
-    """Whether a header is of this format."""
-    return any(name.endswith(_DOWN) or name.startswith(_EMBEDDING) for name in names)
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:

@@ -9,6 +9,7 @@ from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.adapters.compression import truncate
 from lora_pipeline.adapters.extraction import extract, squared_norm
 from lora_pipeline.adapters.lora import LoraFactors
+from lora_pipeline.adapters.ranks import RankRule
 from lora_pipeline.errors import CorruptError, ParamsError
 
 
@@ -22,7 +23,7 @@ def factors(request: pytest.FixtureRequest, generator: torch.Generator) -> LoraF
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_the_cut_is_the_best_of_its_rank(factors: LoraFactors, rank: int) -> None:
-    cut, residual = truncate(factors, rank)
+    cut, residual = truncate(factors, RankRule("rank", rank))
     delta = factors.delta().double()
     values = torch.linalg.svdvals(delta.flatten(1))
     best = float(values[rank:].norm() / values.norm())
@@ -33,13 +34,13 @@ def test_the_cut_is_the_best_of_its_rank(factors: LoraFactors, rank: int) -> Non
 
 
 def test_a_rank_there_already_is_changes_nothing(factors: LoraFactors) -> None:
-    cut, residual = truncate(factors, 6)
+    cut, residual = truncate(factors, RankRule("rank", 6))
     assert cut is factors
     assert residual == 0.0
 
 
 def test_factors_that_change_nothing_have_no_residual() -> None:
-    cut, residual = truncate(LoraFactors(torch.ones(3, 4), torch.zeros(5, 3), 1.0), 1)
+    cut, residual = truncate(LoraFactors(torch.ones(3, 4), torch.zeros(5, 3), 1.0), RankRule("energy", 0.9))
     assert residual == 0.0
     assert not cut.delta().any()
 
