@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_pipeline.adapters.header import Header, read_header
+from lora_pipeline.adapters.kohya_names import target_of_module, token_of_key
 from lora_pipeline.adapters.recognition import recognise
 
-_DOWN = (".down", ".lora_A.weight")
+_DOWN = (".down", ".lora_A.weight", ".lora_down.weight")
 _EMBEDDINGS = ("embedding.", "lora_pipeline.embedding.")
 
 
@@ -55,9 +56,11 @@ def describe(path: Path) -> Description:
         for start in _EMBEDDINGS
         if name.startswith(start) and entry.shape
     }
+    bundled = {token_of_key(name): entry.shape[0] for name, entry in header.tensors.items() if entry.shape}
+    tokens |= {key[0]: vectors for key, vectors in bundled.items() if key}
     return Description(
         format=recognise({name: entry.shape for name, entry in header.tensors.items()}, header.metadata) or "unknown",
-        layers=_counted(name.partition(".")[0] for name in downs),
+        layers=_counted(map(_model, downs)),
         ranks=_counted(entry.shape[0] for entry in downs.values() if entry.shape),
         tokens=dict(sorted(tokens.items())),
         dtypes=_counted(entry.dtype for entry in header.tensors.values()),
@@ -65,6 +68,10 @@ def describe(path: Path) -> Description:
         size=path.stat().st_size,
         provenance=_provenance(header),
     )
+
+
+def _model(name: str) -> str:
+    return (target_of_module(name.partition(".")[0]) or name).partition(".")[0]
 
 
 def _provenance(header: Header) -> dict[str, Any]:
