@@ -14,11 +14,12 @@ from the frozen tables.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from functools import cache
 
+from lora_pipeline.adapters.sgm import sgm_names
 from lora_pipeline.adapters.targets import MODELS, TEXT_ENCODER, TEXT_ENCODER_2, UNET, module_path, root, target_of
-from lora_pipeline.adapters.topology import FAMILIES, layers
+from lora_pipeline.adapters.topology import FAMILIES, SDXL
 
 _MODELS = {"lora_unet_": UNET, "lora_te_": TEXT_ENCODER, "lora_te1_": TEXT_ENCODER, "lora_te2_": TEXT_ENCODER_2}
 _BUNDLE = "bundle_emb."
@@ -36,23 +37,6 @@ TEXT_WORDS = (
     "text_model", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "mlp", "fc1", "fc2",
     "text_projection",
 )  # fmt: skip
-
-# SGM's names of what lies outside the blocks, and inside a resnet.
-_OUTER = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_out": "out.2",
-}
-_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_PER_LEVEL = 3  # numbers a level takes: two resnets and a sampler on the way down, three resnets on the way up
 
 
 def target_of_module(module: str) -> str | None:
@@ -88,7 +72,7 @@ def module_of_target(target: str, *, sgm: bool, two_encoders: bool) -> str | Non
     model = next(each for each in MODELS if target.startswith(root(each)))
     path = module_path(target)
     if model == UNET:
-        prefix, path = "lora_unet_", _to_sgm("sdxl").get(path, path) if sgm else path
+        prefix, path = "lora_unet_", sgm_names(SDXL).get(path, path) if sgm else path
     else:
         prefix = "lora_te2_" if model == TEXT_ENCODER_2 else "lora_te1_" if two_encoders else "lora_te_"
         # text_projection lies beside the text model
@@ -145,31 +129,4 @@ def _part(words: tuple[str, ...]) -> re.Pattern[str]:
 @cache
 def _from_sgm() -> Mapping[str, str]:
     """Diffusers' path by SGM's name, dots gone. The families agree wherever they share a name."""
-    return {sgm.replace(".", "_"): path for family in FAMILIES for path, sgm in _to_sgm(family).items()}
-
-
-@cache
-def _to_sgm(family: str) -> Mapping[str, str]:
-    """SGM's path by diffusers' path, for a family's UNet."""
-    paths = {module_path(target) for target in layers(family) if target.startswith(root(UNET))}
-    return {path: _sgm(path, paths) for path in paths}
-
-
-def _sgm(path: str, paths: Container[str]) -> str:
-    if path in _OUTER:
-        return _OUTER[path]
-    block, _, rest = path.partition(".")
-    if block == "mid_block":
-        kind, index, layer = rest.split(".", 2)
-        place = 1 if kind == "attentions" else 2 * int(index)
-        return f"middle_block.{place}.{_RESNET.get(layer, layer)}"
-    level, kind, index, layer = rest.split(".", 3)
-    first = _PER_LEVEL * int(level)
-    if kind == "downsamplers":
-        return f"input_blocks.{first + _PER_LEVEL}.0.op"
-    if kind == "upsamplers":
-        attended = f"{block}.{level}.attentions.0.proj_in" in paths
-        return f"output_blocks.{first + _PER_LEVEL - 1}.{2 if attended else 1}.conv"
-    # the first input block is conv_in
-    start, first = ("input_blocks", first + 1) if block == "down_blocks" else ("output_blocks", first)
-    return f"{start}.{first + int(index)}.{int(kind == 'attentions')}.{_RESNET.get(layer, layer)}"
+    return {sgm.replace(".", "_"): path for family in FAMILIES for path, sgm in sgm_names(family).items()}

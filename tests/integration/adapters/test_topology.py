@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_pipeline.adapters.sgm import sgm_names
 from lora_pipeline.adapters.targets import target_of
 from lora_pipeline.adapters.topology import FAMILIES, family, layers
 
@@ -73,3 +74,20 @@ def test_the_table_has_the_models_layers_and_no_others(name: str) -> None:
     found = model_layers(name)
     assert layers(name) == found
     assert family(found) == name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sgms_names_are_those_of_original_checkpoints(name: str) -> None:
+    """diffusers reads the checkpoint in which every layer holds its own name in diffusers."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    with torch.device("meta"):
+        config = UNet2DConditionModel(**UNETS[name]).config
+    expected = {f"{path}.{kind}": f"{path}.{kind}" for path in sgm_names(name) for kind in ("weight", "bias")}
+    checkpoint = {
+        f"model.diffusion_model.{sgm}.{kind}": f"{path}.{kind}"
+        for path, sgm in sgm_names(name).items()
+        for kind in ("weight", "bias")
+    }
+    assert convert_ldm_unet_checkpoint(checkpoint, config) == expected
