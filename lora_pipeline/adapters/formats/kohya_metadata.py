@@ -110,6 +110,7 @@ def provenance_of(metadata: Mapping[str, str], found: Mapping[str, str]) -> dict
 def _document(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         document = json.loads(metadata[PROVENANCE_KEY])
+        json.dumps(document, allow_nan=False)  # Python reads NaN and 1e999, which are no JSON and could not be written
     except (ValueError, RecursionError) as error:
         raise CorruptError(PROVENANCE_KEY, f"cannot be read: {error!r:.100}", "get the file again") from None
     if not isinstance(document, dict):
