@@ -24,7 +24,7 @@ class LoraFactors:
         alpha: Any finite number; the change is multiplied by alpha / rank.
 
     Raises:
-        CorruptError: The shapes do not belong together, or alpha is not finite.
+        CorruptError: The shapes do not belong together, the numbers are not floating-point, or alpha is not finite.
     """
 
     down: Tensor
@@ -37,6 +37,10 @@ class LoraFactors:
         if not fits:
             problem = f"down {down} and up {up} do not belong together"
             raise CorruptError("factors", problem, "use a file with (rank, in) and (out, rank) factors of one rank")
+        whole = [str(each.dtype) for each in (self.down, self.up) if not each.is_floating_point()]
+        if whole:
+            problem = f"are whole numbers ({whole[0].removeprefix('torch.')}), of which nobody knows the scale"
+            raise CorruptError("factors", problem, "use a float32, float16, bfloat16 or float8 version of the file")
         if not math.isfinite(self.alpha):
             raise CorruptError("factors", f"alpha is {self.alpha}", "use a finite alpha")
 
