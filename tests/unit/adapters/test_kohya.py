@@ -209,6 +209,27 @@ def test_alpha_may_be_a_vector_of_one() -> None:
     assert parse(tensors, {}).factors.popitem()[1].alpha == 2.0  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("shape", [(320, 1), (1, 320)], ids=["rows", "columns"])
+def test_a_dora_is_written_back(shape: tuple[int, int]) -> None:
+    tensors = SD1 | {f"{TO_Q}.dora_scale": torch.arange(320.0).reshape(shape)}
+    adapter = parse(tensors, {})
+    assert len(adapter.magnitudes) == 1
+    assert_same_tensors(render(adapter)[0], tensors)
+
+
+def test_a_module_of_another_kind_is_written_as_a_lora() -> None:
+    source = torch.Generator().manual_seed(0)
+    halves = {
+        f"w{index}_{side}": torch.randn(*shape, generator=source)
+        for index in (1, 2)
+        for side, shape in (("a", (6, 2)), ("b", (2, 5)))
+    }
+    tensors = {f"{TO_Q}.hada_{name}": each for name, each in halves.items()} | {f"{TO_Q}.alpha": torch.tensor(1.0)}
+    expected = (halves["w1_a"] @ halves["w1_b"]) * (halves["w2_a"] @ halves["w2_b"]) / 2
+    (factors,) = parse(*render(parse(tensors, {}))).factors.values()
+    torch.testing.assert_close(factors.delta(), expected)
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_a_middle_factor_is_folded_in_exactly(flat: bool) -> None:
     source = torch.Generator().manual_seed(0)
@@ -293,6 +314,14 @@ def test_what_is_not_understood_is_carried_along(extra: dict[str, Tensor], carri
             render(adapter)
 
 
+def test_what_is_not_understood_stays_with_its_module() -> None:
+    sgm = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"
+    tensors = module(sgm, (320, 768), 2, 1.0) | {f"{sgm}.diff_b": torch.ones(320)}
+    adapter = parse(tensors, {})
+    assert adapter.foreign.keys() == {f"{sgm}.diff_b"}
+    assert parse(*render(adapter)).foreign.keys() == {f"{TO_K}.diff_b"}
+
+
 def changed(**changes: Tensor | None) -> dict[str, Tensor]:
     """A module with other tensors, by suffix with `__` for the dot."""
     tensors: dict[str, Tensor | None] = {**module(TO_Q, (320, 320), 4, 2.0)}
@@ -327,6 +356,8 @@ def test_two_names_of_one_layer_are_refused() -> None:
     other = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
     with pytest.raises(CorruptError, match="second name"):
         parse(SD1 | module(other, (320, 320), 4, 2.0), {})
+    with pytest.raises(CorruptError, match="second name"):
+        parse(SD1 | {f"{other}.dora_scale": torch.ones(320, 1)}, {})
     with pytest.raises(CorruptError, match="second embedding"):
         parse({"bundle_emb.a.clip_l": torch.ones(1, 4), "bundle_emb.a.emb_params": torch.ones(1, 4)}, {})
 
