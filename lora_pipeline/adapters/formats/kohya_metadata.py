@@ -8,7 +8,7 @@ sorted JSON, in which `source_metadata` is the list of the keys that the source 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lora_pipeline.adapters.adapter import Adapter, Json
@@ -97,7 +97,7 @@ def provenance_of(metadata: Mapping[str, str], found: Mapping[str, str]) -> dict
     ours = PROVENANCE_KEY in metadata
     provenance = _document(metadata) if ours else {}
     listed = provenance.pop(SOURCE, [])
-    if not isinstance(listed, Sequence):
+    if not isinstance(listed, list):
         raise CorruptError(PROVENANCE_KEY, f"{SOURCE} is not a list", "get the file again")
     source = {
         key: text
