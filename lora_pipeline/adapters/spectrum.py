@@ -29,18 +29,23 @@ class LowRank:
         up: (m, rank) float32.
         down: (rank, n) float32. The singular values are split evenly between the two.
         norm: The Frobenius norm of the matrix.
-        error: ||matrix - up @ down|| / ||matrix|| in [0, 1]; measured, so that rounding is part of it.
+        residual: ||matrix - up @ down|| / ||matrix||, measured, so that rounding is part of it.
     """
 
     up: Tensor
     down: Tensor
     norm: float
-    error: float
+    residual: float
 
     @property
     def rank(self) -> int:
         """Columns of `up`, rows of `down`."""
         return self.up.shape[1]
+
+    @property
+    def energy(self) -> float:
+        """The share of the squares of all singular values that is kept, in [0, 1]."""
+        return 1.0 - self.residual**2
 
 
 def low_rank(matrix: Tensor, rule: RankRule) -> LowRank:
@@ -62,10 +67,10 @@ def low_rank(matrix: Tensor, rule: RankRule) -> LowRank:
     root = torch.linalg.vector_norm(rows, dim=1).sqrt()
     left, right = basis * root, rows / root.clamp_min(torch.finfo(root.dtype).tiny)[:, None]
     up, down = (left, right) if wide else (right.T.contiguous(), left.T.contiguous())
-    return LowRank(up, down, norm, relative_error(matrix, up, down, norm))
+    return LowRank(up, down, norm, relative_residual(matrix, up, down, norm))
 
 
-def relative_error(matrix: Tensor, up: Tensor, down: Tensor, norm: float) -> float:
+def relative_residual(matrix: Tensor, up: Tensor, down: Tensor, norm: float) -> float:
     """||matrix - up @ down|| / norm, all float32 in, summed in double."""
     rest = torch.addmm(matrix, up, down, alpha=-1.0)
     return float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / norm

@@ -24,7 +24,8 @@ def power_law(generator: torch.Generator) -> Make:
         left, _ = torch.linalg.qr(torch.randn(rows, side, generator=generator, dtype=torch.float64))
         right, _ = torch.linalg.qr(torch.randn(columns, side, generator=generator, dtype=torch.float64))
         values = torch.arange(1, side + 1, dtype=torch.float64).pow(-power)
-        return (left * values @ right.T).float()
+        product: Tensor = (left * values @ right.T).float()
+        return product
 
     return make
 
@@ -94,10 +95,11 @@ def test_a_rank_above_that_of_the_matrix_adds_nothing(generator: torch.Generator
 
 
 @pytest.mark.parametrize("shape", [(200, 240), (240, 200), (20, 30)])
-def test_the_reported_error_is_the_one_there_is(power_law: Make, shape: tuple[int, int]) -> None:
+def test_the_reported_residual_is_the_one_there_is(power_law: Make, shape: tuple[int, int]) -> None:
     matrix = power_law(*shape)
     found = low_rank(matrix, RankRule("rank", 5))
-    assert found.error == pytest.approx(measured(matrix, found), rel=1e-5)
+    assert found.residual == pytest.approx(measured(matrix, found), rel=1e-5)
+    assert found.energy == pytest.approx(1 - measured(matrix, found) ** 2, rel=1e-5)
     assert found.norm == pytest.approx(float(matrix.double().norm()), rel=1e-6)
 
 
@@ -108,7 +110,7 @@ def test_the_singular_values_are_split_evenly(power_law: Make) -> None:
 
 def test_a_matrix_of_zeros_gives_zeros() -> None:
     found = low_rank(torch.zeros(4, 7), RankRule("energy", 0.9))
-    assert (found.up.shape, found.down.shape, found.error) == ((4, 1), (1, 7), 0.0)
+    assert (found.up.shape, found.down.shape, found.residual) == ((4, 1), (1, 7), 0.0)
     assert not (found.up @ found.down).any()
 
 
