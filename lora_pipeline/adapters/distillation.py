@@ -138,12 +138,10 @@ def _quantile(values: Tensor, quantile: float) -> float:
 def _shared_names(base: Weights, tuned: Weights) -> list[str]:
     """The names of all floating-point parameters, which both models must have in the same shapes."""
     mine, theirs = set(_floating(base)), set(_floating(tuned))
-    for names, place in (
-        (mine - theirs, "the base, and not in the tuned model"),
-        (theirs - mine, "the tuned model, and not in the base"),
-    ):
+    for names, place in ((mine - theirs, "base"), (theirs - mine, "tuned model")):
         if names:
-            raise CorruptError(min(names), f"is in {place} ({len(names)} such parameters): two architectures", _FIX)
+            found = f"and {len(names) - 1} other parameters are" if len(names) > 1 else "is"
+            raise CorruptError(min(names), f"{found} in the {place} alone: two architectures", _FIX)
     for name in sorted(mine):
         before, after = base.shape(name), tuned.shape(name)
         grown = name.endswith(_TOKEN_TABLE) and before[1:] == after[1:] and before[0] <= after[0]
