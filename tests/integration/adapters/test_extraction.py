@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,20 @@ def test_the_same_command_writes_the_same_bytes(base: Path, merged: Path) -> Non
         extract(merged, "--base", base, "--rank", "2", "--out", f"{name}.safetensors", "--report", f"{name}.json")
     for suffix in ("safetensors", "json", "png"):
         assert Path(f"a.{suffix}").read_bytes() == Path(f"b.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("choice", ["null", "1", "{error: 0.3, max_rank: 2}"])
+def test_a_concept_is_cut_as_params_say(choice: str, base: Path, adapter: Adapter) -> None:
+    params = (Path(__file__).parents[3] / "params.yaml").read_text("utf-8")
+    Path("params.yaml").write_text(params.replace("rank: null  ", f"rank: {choice}  ", 1), "utf-8")
+    trained = replace(adapter, provenance={"base": base_fingerprint(base), "data": "d"})
+    save_adapter(trained, Path("tuned/tuned.safetensors"))
+    extract("--concept", "zorp", "--tuned", "tuned", "--base", base, "--out", "zorp.safetensors")
+    found = load_adapter(Path("zorp.safetensors"))
+    most = {"null": 3, "1": 1}.get(choice, 2)
+    assert max(factors.rank for factors in found.factors.values()) == most
+    assert found.provenance["data"] == "d"
+    assert (found.provenance["residual"] == 0.0) == (choice == "null")
 
 
 @pytest.mark.parametrize(
