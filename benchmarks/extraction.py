@@ -6,6 +6,7 @@ distinct shape once, and its time counts as often as the shape occurs; ours deco
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections import Counter
@@ -50,7 +51,7 @@ class Total:
     @property
     def error(self) -> float:
         """The relative error of all layers together."""
-        return (self.lost / self.whole) ** 0.5
+        return math.sqrt(self.lost / self.whole)
 
 
 def shapes() -> Counter[Shape]:
@@ -67,9 +68,10 @@ def change(shape: Shape) -> Tensor:
     count = min(256, *shape)
     left = torch.randn(shape[0], count, generator=generator) / shape[0] ** 0.5
     right = torch.randn(count, shape[1], generator=generator) / shape[1] ** 0.5
-    signal = left * torch.arange(1, count + 1).pow(-0.7) @ right
+    signal: Tensor = left * torch.arange(1, count + 1).pow(-0.7) @ right
     noise = torch.randn(shape, generator=generator)
-    return signal + 0.05 * noise * (signal.norm() / noise.norm())
+    noise *= 0.05 * float(signal.norm() / noise.norm())
+    return signal.add_(noise)
 
 
 def ours(counts: Mapping[Shape, int], rule: RankRule) -> Total:
@@ -89,7 +91,8 @@ def peer(counts: Mapping[Shape, int], *, full: bool) -> Total:
     """Each shape once, weighted; cut to the same rank."""
     total = Total()
     for shape, count in counts.items():
-        matrix, found = change(shape), []
+        matrix = change(shape)
+        found: list[Tensor] = []
 
         def decompose(matrix: Tensor = matrix, found: list[Tensor] = found) -> None:
             found[:] = torch.linalg.svd(matrix, full_matrices=full)
