@@ -56,10 +56,18 @@ def draw(extraction: Extraction, path: Path) -> None:
     }
     picture = Image.new("RGB", (_WIDTH, _TOP + len(panels) * (_PANEL + 30)), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((10, 8), f"{len(cuts)} layers, relative error {extraction.residual:.3g} overall", fill="black")
+    pen.text((10, 8), _title(extraction), fill="black")
     for place, (name, (values, top)) in enumerate(panels.items()):
         _panel(pen, _TOP + place * (_PANEL + 30), name, values, top)
     picture.save(path, format="PNG")
+
+
+def _title(extraction: Extraction) -> str:
+    title = f"{len(extraction.layers)} layers, relative error {extraction.residual:.3g} overall"
+    if extraction.layers:
+        worst = max(sorted(extraction.layers), key=lambda target: extraction.layers[target].residual)
+        title += f", at most {extraction.layers[worst].residual:.3g} in {worst}"
+    return title
 
 
 def _panel(pen: ImageDraw.ImageDraw, above: int, name: str, values: list[float], top: float) -> None:
@@ -67,10 +75,10 @@ def _panel(pen: ImageDraw.ImageDraw, above: int, name: str, values: list[float],
     pen.text((_LEFT, above - 14), name, fill=_COLOURS[name])
     pen.text((8, above), f"{top:g}", fill="black")
     pen.text((8, bottom - 10), "0", fill="black")
-    step = (right - _LEFT) / max(1, len(values))
-    for place, value in enumerate(values):
-        start, height = _LEFT + place * step, _PANEL * min(1.0, max(0.0, value / top))
-        pen.rectangle((start, bottom - height, max(start, start + step - 1), bottom), fill=_COLOURS[name])
+    edges = [_LEFT + (right - _LEFT) * place // max(1, len(values)) for place in range(len(values) + 1)]
+    for value, start, end in zip(values, edges, edges[1:], strict=False):
+        height = _PANEL * min(1.0, max(0.0, value / top))
+        pen.rectangle((start, bottom - height, max(start, end - 1), bottom), fill=_COLOURS[name])
     pen.line((_LEFT, bottom, right, bottom), fill="black")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_pipeline.errors import UsageError
+from lora_pipeline.keeping import file_digest
 from lora_pipeline.params import load_params
 from stages._extraction_report import write_report
 from stages._rank_rule import rule_of
@@ -115,18 +116,22 @@ def _of_model(source: Path, base: Path, recipe: Recipe, device: str, outs: Seque
     from lora_pipeline.adapters.vocabulary import new_tokens
     from lora_pipeline.adapters.weights import open_weights
 
+    def identity(model: Path) -> str:
+        return base_fingerprint(model) if model.is_dir() else file_digest(model)
+
     settings = asdict(recipe)
     with stage("extract", outs[0].stem, out=outs, inputs=[source, base], section=lambda: settings) as run:
         before, after = open_weights(base), open_weights(source)
         folders = (base / "tokenizer", source / "tokenizer")
         tokens = new_tokens(*folders) if all(folder.is_dir() for folder in folders) else {}
         provenance: dict[str, Json] = {
-            "base": base_fingerprint(base),
             "code": version("lora-pipeline"),
             "extract": settings,
             "kind": "adapter",
-            "parents": [{"name": source.stem, "sha256": base_fingerprint(source), "weight": 1.0}],
+            "parents": [{"name": source.stem, "sha256": identity(source), "weight": 1.0}],
         }
+        if base.is_dir():  # a single file is the same base in another form, which no fingerprint tells
+            provenance["base"] = base_fingerprint(base)
         with run.progress(len(before.places), "parameters") as advance:
             extraction = distil(before, after, recipe, provenance, tokens=tokens, device=device, advance=advance)
         save_adapter(extraction.adapter, run.building)
@@ -140,6 +145,8 @@ def _of_adapter(source: Path, rule: RankRule | None, options: Mapping[str, Any],
     from lora_pipeline.adapters.composition import parents
     from lora_pipeline.adapters.extraction import extract as taken
 
+    if (source / "unet").is_dir():
+        raise UsageError(str(source), "is a model, of which only the change from its base can be taken", "give --base")
     if options["targets"] is not None or options["clamp_quantile"] is not None:
         raise UsageError("--base", "is missing, and --targets and --clamp-quantile are for models", "give the base")
     if rule is None and options["alpha"] is None:

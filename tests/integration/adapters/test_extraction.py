@@ -141,6 +141,7 @@ def test_a_concept_is_cut_as_params_say(choice: str, base: Path, adapter: Adapte
         (["MODEL", "--base", "BASE", "--rank", "1", "--targets", "*.to_x"], UsageError, "*.to_x"),
         (["MODEL", "--base", "BASE", "--rank", "1"], CorruptError, "the tuned model"),
         (["ADAPTER"], UsageError, "extract"),
+        (["MODEL", "--rank", "4"], UsageError, "BASE"),
         (["ADAPTER", "--rank", "1", "--targets", "*"], UsageError, "--base"),
         (["ADAPTER", "--alpha", "0"], UsageError, "--alpha"),
         (["--rank", "4"], UsageError, "extract"),
@@ -155,6 +156,6 @@ def test_what_cannot_be_is_refused_and_the_old_file_stays(
     Path("out.safetensors").write_text("the old one")
     with pytest.raises(kind) as caught:
         dispatch(["extract", *(paths.get(each, each) for each in options), "--out", "out.safetensors"])
-    assert caught.value.where == where
+    assert caught.value.where == paths.get(where, where)
     assert Path("out.safetensors").read_text() == "the old one"
     assert sorted(path.name for path in Path.cwd().glob("*out*")) == ["out.safetensors"]
