@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, yet not exported to type checkers
 
@@ -83,6 +85,12 @@ def test_all_singular_values_give_the_matrix_itself(power_law: Make) -> None:
     found = low_rank(matrix, RankRule("rank", 1000))
     assert found.rank == 40
     assert measured(matrix, found) < 1e-6
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.floats(-6, 6))
+def test_full_rank_is_exact_whatever_the_shape_and_size(rows: int, columns: int, seed: int, magnitude: float) -> None:
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10**magnitude
+    assert measured(matrix, low_rank(matrix, RankRule("error", 0.0))) < 1e-6
 
 
 def test_a_rank_above_that_of_the_matrix_adds_nothing(generator: torch.Generator) -> None:
