@@ -58,7 +58,7 @@ def low_rank(matrix: Tensor, rule: RankRule) -> LowRank:
         rule: How many singular values to keep. At least 1 is kept; a matrix of zeros gives factors of zeros.
     """
     matrix = matrix.float()
-    norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    norm = frobenius_norm(matrix)
     if norm == 0.0:
         return LowRank(matrix.new_zeros(matrix.shape[0], 1), matrix.new_zeros(1, matrix.shape[1]), 0.0, 0.0)
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -71,9 +71,14 @@ def low_rank(matrix: Tensor, rule: RankRule) -> LowRank:
 
 
 def relative_residual(matrix: Tensor, up: Tensor, down: Tensor, norm: float) -> float:
-    """||matrix - up @ down|| / norm, all float32 in, summed in double."""
-    rest = torch.addmm(matrix, up, down, alpha=-1.0)
-    return float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / norm
+    """||matrix - up @ down|| / norm, of float32 tensors."""
+    return frobenius_norm(torch.addmm(matrix, up, down, alpha=-1.0)) / norm
+
+
+def frobenius_norm(tensor: Tensor) -> float:
+    """Of a float32 tensor of any shape: rows in single precision and their sum in double, without a copy in double."""
+    rows = torch.linalg.vector_norm(tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1), dim=1)
+    return float(torch.linalg.vector_norm(rows.double()))
 
 
 def _leading(short: Tensor, rule: RankRule, norm: float) -> tuple[Tensor, Tensor]:
