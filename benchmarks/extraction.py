@@ -21,7 +21,7 @@ from benchmarks.rows import Row, seconds, show
 from lora_pipeline.adapters.ranks import RankRule
 from lora_pipeline.adapters.spectrum import low_rank
 
-RANK, ENERGY = 32, 0.5
+RANK, ENERGY = 32, 0.9
 TARGET = 20.0
 Shape = tuple[int, int]
 CONFIG = {
