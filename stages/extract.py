@@ -65,7 +65,7 @@ def extract(  # noqa: PLR0913 - the options of a command
     if concept and tuned and base and not source and not asked:
         _of_concept(concept, tuned, base, out)
     elif source and not concept and not tuned:
-        outs = (out, report, report.with_suffix(".png")) if report else (out,)
+        outs = (out, *_report_files(report)) if report else (out,)
         if base:
             _of_model(source, base, _recipe(rule, options), _usable(device), outs)
         else:
@@ -148,7 +148,8 @@ def _of_adapter(source: Path, rule: RankRule | None, options: Mapping[str, Any],
     if (source / "unet").is_dir():
         raise UsageError(str(source), "is a model, of which only the change from its base can be taken", "give --base")
     if options["targets"] is not None or options["clamp_quantile"] is not None:
-        raise UsageError("--base", "is missing, and --targets and --clamp-quantile are for models", "give the base")
+        problem = "is missing, and --targets and --clamp-quantile are for models"
+        raise UsageError("--base", problem, "give the base, or leave them out")
     if rule is None and options["alpha"] is None:
         raise UsageError("extract", "is not told how much to keep of the adapter", _WAYS)
     settings: dict[str, Json] = {"alpha": options["alpha"], "rule": asdict(rule) if rule else None}
@@ -163,6 +164,13 @@ def _of_adapter(source: Path, rule: RankRule | None, options: Mapping[str, Any],
         if len(outs) > 1:
             write_report(extraction, *run.outs[1:])
     _tell(outs[0], extraction)
+
+
+def _report_files(report: Path) -> tuple[Path, Path]:
+    """The numbers, and the picture beside them."""
+    if report.suffix != ".json":
+        raise UsageError(f"--report {report}", "is no name of a JSON file", f"write {report.with_suffix('.json')}")
+    return report, report.with_suffix(".png")
 
 
 def _recipe(rule: RankRule | None, options: dict[str, Any]) -> Recipe:

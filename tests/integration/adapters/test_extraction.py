@@ -141,6 +141,7 @@ def test_a_concept_is_cut_as_params_say(choice: str, base: Path, adapter: Adapte
         (["MODEL", "--base", "BASE", "--rank", "1", "--targets", "*.to_x"], UsageError, "*.to_x"),
         (["MODEL", "--base", "BASE", "--rank", "1"], CorruptError, "the tuned model"),
         (["ADAPTER"], UsageError, "extract"),
+        (["ADAPTER", "--rank", "1", "--report", "out.png"], UsageError, "--report out.png"),
         (["MODEL", "--rank", "4"], UsageError, "BASE"),
         (["ADAPTER", "--rank", "1", "--targets", "*"], UsageError, "--base"),
         (["ADAPTER", "--alpha", "0"], UsageError, "--alpha"),
