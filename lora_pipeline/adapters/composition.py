@@ -40,6 +40,11 @@ class Composition:
     layers: Mapping[str, Cut]
     renamed: Sequence[Mapping[str, str]]
 
+    @property
+    def residual(self) -> float:
+        """||ΔW - ΔW'|| / ||ΔW|| over all layers together."""
+        return residual(self.layers)
+
 
 def compose(parts: Sequence[Part]) -> Adapter:
     """The exact weighted sum of adapters.

@@ -78,8 +78,8 @@ class Recipe:
         for key in ("text_encoder_weights", "block_weights"):
             for name in getattr(self, key):
                 if (times := Counter(names)[name]) != 1:
-                    problem = f"{name!r} is the name of {times} of the adapters"
-                    raise ParamsError(key, problem, f"use one of {', '.join(sorted(set(names)))}")
+                    problem = f"names {name!r}, which {'none' if times == 0 else 'more than one'} of the adapters is"
+                    raise ParamsError(key, problem, f"use one of {', '.join(sorted(set(names)))}, each a file's own")
         shares = path_shares(len(names), self.at) if self.at is not None else [1.0] * len(names)
         return [
             Weights(name, weight, self.text_encoder_weights.get(name), self.block_weights.get(name), share)

@@ -56,10 +56,10 @@ def test_blocks_and_places_multiply_all_weights() -> None:
 
 
 @pytest.mark.parametrize("key", ["text_encoder_weights", "block_weights"])
-@pytest.mark.parametrize(("names", "times"), [(["b", "c"], 0), (["a", "a"], 2)])
-def test_weights_of_nobody_and_of_two_are_refused(key: str, names: list[str], times: int) -> None:
+@pytest.mark.parametrize(("names", "said"), [(["b", "c"], "none"), (["a", "a"], "more than one")])
+def test_weights_of_nobody_and_of_two_are_refused(key: str, names: list[str], said: str) -> None:
     given: dict[str, Any] = {key: {"a": 1.0 if key == "text_encoder_weights" else {"M00": 1.0}}}
-    with pytest.raises(ParamsError, match=f"{key}: 'a' is the name of {times}"):
+    with pytest.raises(ParamsError, match=f"{key}: names 'a', which {said} of"):
         Recipe(**given).weights(names, [1.0, 1.0])
 
 
