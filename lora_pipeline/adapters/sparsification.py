@@ -68,7 +68,7 @@ def trimmed(change: Tensor, density: float) -> Tensor:
 
 def magnitude(changes: Sequence[Tensor], density: float) -> Tensor:
     """The sum of the largest values of each."""
-    return torch.stack([trimmed(change, density) for change in changes]).sum(0)
+    return sum((trimmed(change, density) for change in changes), torch.tensor(0.0))
 
 
 def ties(changes: Sequence[Tensor], density: float) -> Tensor:
@@ -82,11 +82,15 @@ def ties(changes: Sequence[Tensor], density: float) -> Tensor:
         changes: Weighted, all of one shape.
         density: See `trimmed`.
     """
-    kept = torch.stack([trimmed(change, density) for change in changes])
-    votes = kept.sum(0)
-    elected = torch.where(votes.abs() > _ROUNDING * kept.abs().sum(0), votes.sign(), 0.0)
-    agree = (kept.sign() == elected) & (elected != 0)
-    return (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
+    kept = [trimmed(change, density) for change in changes]
+    votes, sizes = sum(kept, torch.tensor(0.0)), sum((each.abs() for each in kept), torch.tensor(0.0))
+    elected = torch.where(votes.abs() > _ROUNDING * sizes, votes.sign(), 0.0)
+    total, members = torch.zeros_like(elected), torch.zeros_like(elected)
+    for each in kept:
+        agrees = each * elected > 0
+        total += torch.where(agrees, each, 0.0)
+        members += agrees
+    return total / members.clamp_min_(1.0)
 
 
 def dare(changes: Sequence[Tensor], density: float, generators: Sequence[torch.Generator]) -> Tensor:
