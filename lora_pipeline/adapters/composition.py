@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lora_pipeline.adapters import tokens
@@ -21,7 +22,7 @@ from lora_pipeline.adapters.lora import LoraFactors, concatenated
 from lora_pipeline.adapters.recipes import Recipe
 from lora_pipeline.adapters.sparsification import Change, sparsified
 from lora_pipeline.adapters.storage import tensor_bytes
-from lora_pipeline.errors import CorruptError
+from lora_pipeline.errors import CorruptError, ParamsError
 
 Part = tuple[str, Adapter, float]
 
@@ -74,31 +75,25 @@ def blend(parts: Sequence[Part], recipe: Recipe) -> Composition:
     Raises:
         CorruptError: The adapters were made for different bases, change weights of different shapes, or hold tensors of
             an unknown kind.
-        ParamsError: Two adapters use one token for different rows, or see `Recipe.weights` and `block_factors`.
+        ParamsError: Two adapters use one token for different rows, a weight is too large for float32, or see
+            `Recipe.weights` and `block_factors`.
     """
     base = _common_base(parts)
     weights = recipe.weights([name for name, _, _ in parts], [weight for _, _, weight in parts])
     numbers = [each.of(adapter.factors) for each, (_, adapter, _) in zip(weights, parts, strict=True)]
     joined = tokens.joined([(name, adapter) for name, adapter, _ in parts], recipe.rename_tokens)
-    factors: dict[str, LoraFactors] = {}
-    layers: dict[str, Cut] = {}
-    for target in sorted({target for number in numbers for target in number}):
-        changes = [
-            (name, adapter.factors[target], number[target])
-            for (name, adapter, _), number in zip(parts, numbers, strict=True)
-            if number.get(target)
-        ]
-        if changes:
-            factors[target], layers[target] = _combined(target, changes, recipe)
+    made = {target: _combined(target, changes, recipe) for target, changes in _by_target(parts, numbers).items()}
+    layers = {target: cut for target, (_, cut) in made.items()}
     provenance: dict[str, Json] = {"kind": "blend", "recipe": recipe.document()}
+    if base is not None:
+        provenance["base"] = base
     provenance["parents"] = [
         {"name": name, "sha256": digest(adapter), **each.document(), **({"tokens": new} if new else {})}
         for (name, adapter, _), each, new in zip(parts, weights, joined.renamed, strict=True)
     ]
-    if base is not None:
-        provenance["base"] = base
     if lost := round(residual(layers), 6):
         provenance["residual"] = lost
+    factors = {target: factors for target, (factors, _) in made.items()}
     adapter = Adapter(factors, joined.embeddings, provenance, embeddings_2=joined.embeddings_2)
     return Composition(adapter, layers, joined.renamed)
 
@@ -111,13 +106,31 @@ def _common_base(parts: Sequence[Part]) -> str | None:
     return min(bases, default=None)
 
 
+def _by_target(parts: Sequence[Part], numbers: Sequence[Mapping[str, float]]) -> dict[str, list[Change]]:
+    """Who changes each layer, in the layers' order; not those whose weight there is 0."""
+    changes: dict[str, list[Change]] = {
+        target: [] for target in sorted({target for each in numbers for target in each})
+    }
+    for (name, adapter, _), weights in zip(parts, numbers, strict=True):
+        for target, weight in weights.items():
+            if weight:
+                changes[target].append((name, adapter.factors[target], weight))
+    return {target: each for target, each in changes.items() if each}
+
+
 def _combined(target: str, changes: Sequence[Change], recipe: Recipe) -> tuple[LoraFactors, Cut]:
+    if not sum(abs(weight) * _norm(factors) for _, factors, weight in changes) <= torch.finfo(torch.float32).max:
+        raise ParamsError(target, "would change beyond the range of float32", "use smaller weights")
     if recipe.density is not None:
         factors, kept = sparsified(target, changes, recipe)
         return factors, Cut(kept.rank, kept.norm, kept.residual)
     whole = _sum(target, [(factors, weight) for _, factors, weight in changes])
     factors, lost = truncate(whole, recipe.rank) if recipe.rank is not None else (whole, 0.0)
-    return factors, Cut(factors.rank, math.sqrt(max(0.0, squared_norm(whole))), lost)
+    return factors, Cut(factors.rank, _norm(whole), lost)
+
+
+def _norm(factors: LoraFactors) -> float:
+    return math.sqrt(max(0.0, squared_norm(factors)))
 
 
 def _sum(target: str, changes: list[tuple[LoraFactors, float]]) -> LoraFactors:

@@ -254,3 +254,11 @@ def test_what_would_be_lost_is_refused(field: str, make_adapter: Make) -> None:
 def test_blocks_that_are_nobodys_are_refused(make_adapter: Make) -> None:
     with pytest.raises(ParamsError, match=r"block_weights\.a"):
         blend([("a", make_adapter(1), 1.0)], Recipe(block_weights={"a": [1.0] * 5}))
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe("ties", density=0.5)], ids=lambda recipe: recipe.method)
+@pytest.mark.parametrize("others", [0, 1])
+def test_weights_beyond_float32_are_refused(recipe: Recipe, others: int, make_adapter: Make) -> None:
+    parts = [("a", make_adapter(1), 1e39), *([("b", make_adapter(2), 1.0)] * others)]
+    with pytest.raises(ParamsError, match="float32"):
+        blend(parts, recipe)
