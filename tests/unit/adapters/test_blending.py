@@ -230,7 +230,7 @@ def test_provenance_tells_the_whole_recipe(make_adapter: Make) -> None:
         "kind": "blend",
         "base": "b",
         "recipe": {"method": "dare", "density": 0.5, "seed": 3, "rank": {"rank": 1}},
-        "residual": round(residual(composition.layers), 6),
+        "residual": composition.residual,
         "parents": [
             {"name": "x", "sha256": digest(first), "weight": 0.9, "block_weights": {"M00": 0.5}},
             {
@@ -239,7 +239,7 @@ def test_provenance_tells_the_whole_recipe(make_adapter: Make) -> None:
             },
         ],
     }  # fmt: skip
-    assert residual(composition.layers) > 0.01
+    assert composition.residual == pytest.approx(residual(composition.layers), abs=1e-6) != 0.0
     assert composition.renamed == [{}, {"<a>": "<a-2>"}]
 
 
