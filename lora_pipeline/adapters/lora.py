@@ -112,3 +112,11 @@ def concatenated(parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
     down = torch.cat([factors.down.float() for factors, _ in parts])
     up = torch.cat([factors.up.float() * (weight * factors.scale) for factors, weight in parts], dim=1)
     return LoraFactors(down, up, alpha=float(down.shape[0]))
+
+
+def times_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A full matrix (m, n) as a product (m, rank) · (rank, n) with an identity on its shorter side: exact."""
+    rows, columns = matrix.shape
+    if columns <= rows:
+        return matrix, torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
+    return torch.eye(rows, dtype=matrix.dtype, device=matrix.device), matrix
