@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +44,17 @@ def _sorted_knots(knots: list[tuple[float, float]]) -> list[tuple[float, float]]
     return knots
 
 
+def _one_rule(rule: dict[str, float]) -> dict[str, float]:
+    kinds = sorted(set(rule) - {"max_rank"})
+    if len(kinds) != 1 or kinds[0] not in ("energy", "error", "ratio", "threshold"):
+        raise ValueError("one of energy, error, ratio and threshold with its value, and perhaps max_rank")
+    if not 0 < rule[kinds[0]] < (math.inf if kinds[0] == "threshold" else 1):
+        raise ValueError(f"{kinds[0]} is above 0{'' if kinds[0] == 'threshold' else ' and below 1'}")
+    if rule.get("max_rank", 1) < 1 or not rule.get("max_rank", 1.0).is_integer():
+        raise ValueError("max_rank is a whole number from 1")
+    return rule
+
+
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Float, Field(gt=0)]
 NotNegative = Annotated[Float, Field(ge=0)]
@@ -51,6 +63,8 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, AfterValidator(_name)]
 RelativePath = Annotated[str, Field(min_length=1), AfterValidator(_relative)]
+# How much of a layer's change to keep: a rank, or the fewest that leave a bounded loss, see adapters/ranks.py.
+RankChoice = AtLeastOne | Annotated[dict[str, Float], AfterValidator(_one_rule)]
 # YAML has lists where Python would have tuples.
 Knot = Annotated[tuple[Float, Float], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Knots = Annotated[list[Knot], Field(min_length=1), AfterValidator(_sorted_knots)]
@@ -105,7 +119,7 @@ class TrainParams(Section):
 class ExtractParams(Section):
     """The adapter's rank; null keeps the trained one."""
 
-    rank: AtLeastOne | None
+    rank: RankChoice | None
 
 
 class ConceptParams(Section):
@@ -258,7 +272,7 @@ def _lower(text: str) -> str:
 
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the file in pydantic's location, without the names of the validators it went through."""
-    inner = re.compile(r"[\[\](]|^(float|list|tuple|int|str|none)$")
+    inner = re.compile(r"[\[\](]|^(float|list|tuple|int|constrained-int|str|none)$")
     return [str(part) for part in loc if not (isinstance(part, str) and inner.search(part))]
 
 

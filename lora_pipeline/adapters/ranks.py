@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
 from lora_pipeline.errors import ParamsError
+
+Kind = Literal["rank", "energy", "error", "ratio", "threshold"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class RankRule:
         ParamsError: A value out of its range.
     """
 
-    kind: Literal["rank", "energy", "error", "ratio", "threshold"]
+    kind: Kind
     value: float
     at_most: int | None = None
 
@@ -69,3 +72,25 @@ class RankRule:
             bound = self.value * float(values[0]) if self.kind == "ratio" else self.value
             count = int((values > bound).sum())
         return max(1, min(count, len(values), self.at_most or len(values)))
+
+
+def rank_rule(choice: int | Mapping[str, float] | None) -> RankRule | None:
+    """The rule that a value of `params.yaml` asks for.
+
+    Args:
+        choice: A rank; or one of the other kinds with its value, such as {"energy": 0.95}, and perhaps `max_rank`;
+            None for no rule.
+
+    Raises:
+        ParamsError: Not one kind, or a value out of its range.
+    """
+    if choice is None:
+        return None
+    if isinstance(choice, int):
+        return RankRule("rank", choice)
+    kinds = [kind for kind in choice if kind != "max_rank"]
+    if len(kinds) != 1 or kinds[0] not in ("energy", "error", "ratio", "threshold"):
+        fix = "give one of energy, error, ratio and threshold"
+        raise ParamsError("rank", f"{', '.join(kinds) or 'nothing'} is not one rule", fix)
+    at_most = int(choice["max_rank"]) if "max_rank" in choice else None
+    return RankRule(cast(Kind, kinds[0]), choice[kinds[0]], at_most)

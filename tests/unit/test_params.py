@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lora_pipeline.adapters.ranks import rank_rule
 from lora_pipeline.errors import MissingError, ParamsError
 from lora_pipeline.params import Params, load_params
 from lora_pipeline.yaml_file import LARGEST_BYTES, read_yaml
@@ -64,6 +65,16 @@ def test_params_cannot_be_changed(write: Write) -> None:
         ("alpha: 8.0", "alpha: 1e999", "concepts.zorp.train.alpha", "finite"),
         ("caption_dropout: 0.0", "caption_dropout: 1.0", "concepts.zorp.train.caption_dropout", "less than 1"),
         ("[0.2, 0.0], [0.5, 1.1]", "[0.5, 0.0], [0.2, 1.1]", "renders.schedule.weights.sticker", "rising"),
+        ("rank: null  ", "rank: 0  ", "concepts.zorp.extract.rank", "1, found 0"),
+        ("rank: null  ", "rank: {energy: 1.5}  ", "concepts.zorp.extract.rank", "above 0 and below 1"),
+        ("rank: null  ", "rank: {energy: 0.0}  ", "concepts.zorp.extract.rank", "above 0 and below 1"),
+        ("rank: null  ", "rank: {energy: 0.9, error: 0.1}  ", "concepts.zorp.extract.rank", "one of energy, error"),
+        ("rank: null  ", "rank: {max_rank: 4}  ", "concepts.zorp.extract.rank", "one of energy, error"),
+        ("rank: null  ", "rank: {error: 0.1, max_rank: 4.5}  ", "concepts.zorp.extract.rank", "a whole number"),
+        ("rank: null  ", "rank: {error: 0.1, max_rank: 0}  ", "concepts.zorp.extract.rank", "a whole number"),
+        ("rank: null  ", "rank: {threshold: 0}  ", "concepts.zorp.extract.rank", "threshold is above 0"),
+        ("rank: null  ", "rank: four  ", "concepts.zorp.extract.rank", "found 'four'"),
+        ("rank: null  ", "rank: {enrgy: 0.9}  ", "concepts.zorp.extract.rank", "one of energy, error"),
         ("base: models/base", "base: ../base", "base", "inside the project"),
         ("zorp-sticker:\n    weights", "v1.5:\n    weights", "blends.v1.5", "a name is letters"),
     ],
@@ -132,6 +143,13 @@ def test_no_key_has_a_default(write: Write) -> None:
         del section[path[-1]]
         with pytest.raises(ValidationError, match="Field required"):
             Params.model_validate(content)
+
+
+@pytest.mark.parametrize("choice", ["null", "4", "{energy: 0.95}", "{error: 0.1, max_rank: 16}", "{threshold: 2}"])
+def test_an_adapters_rank_is_a_number_or_a_rule(write: Write, choice: str) -> None:
+    rank = load_params(write(edited("rank: null  ", f"rank: {choice}  "))).concepts["zorp"].extract.rank
+    assert rank == read_yaml(write(f"rank: {choice}"))["rank"]
+    rank_rule(rank)  # has a meaning
 
 
 @pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "1.0E-4", "0.0001", "1e-04", "+.0001"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_pipeline.adapters.ranks import RankRule
+from lora_pipeline.adapters.ranks import RankRule, rank_rule
 from lora_pipeline.errors import ParamsError
 
 VALUES = torch.tensor([4.0, 2.0, 1.0, 0.5])  # squares 16, 4, 1, 0.25
@@ -58,3 +58,22 @@ def test_an_error_bound_holds_with_no_value_to_spare(numbers: list[float], bound
 def test_values_out_of_range_are_refused(kind: str, value: float) -> None:
     with pytest.raises(ParamsError, match=kind):
         RankRule(kind, value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("choice", "rule"),
+    [
+        (None, None),
+        (4, RankRule("rank", 4)),
+        ({"energy": 0.9}, RankRule("energy", 0.9)),
+        ({"threshold": 2.0, "max_rank": 8.0}, RankRule("threshold", 2.0, 8)),
+    ],
+)
+def test_a_value_of_params_is_a_rule(choice: int | dict[str, float] | None, rule: RankRule | None) -> None:
+    assert rank_rule(choice) == rule
+
+
+@pytest.mark.parametrize("choice", [0, {}, {"max_rank": 4.0}, {"energy": 0.9, "error": 0.1}, {"rank": 4.0}])
+def test_a_value_that_is_no_rule_is_refused(choice: int | dict[str, float]) -> None:
+    with pytest.raises(ParamsError, match="rank"):
+        rank_rule(choice)
