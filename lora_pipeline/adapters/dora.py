@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.extraction import Cut
 from lora_pipeline.adapters.lora import LoraFactors, fitted, times_identity
 from lora_pipeline.adapters.ranks import RankRule
 from lora_pipeline.adapters.spectrum import low_rank
@@ -19,7 +20,7 @@ from lora_pipeline.adapters.weights import Weights
 from lora_pipeline.errors import CorruptError
 
 
-def plain(adapter: Adapter, base: Weights, rule: RankRule | None) -> tuple[Adapter, dict[str, float]]:
+def plain(adapter: Adapter, base: Weights, rule: RankRule | None) -> tuple[Adapter, dict[str, Cut]]:
     """Makes plain factors of every target that has a magnitude; the others stay as they are.
 
     Args:
@@ -28,21 +29,21 @@ def plain(adapter: Adapter, base: Weights, rule: RankRule | None) -> tuple[Adapt
         rule: How many singular values of each change to keep; None for all, which is exact.
 
     Returns:
-        An adapter without magnitudes, and by target ||change - ours|| / ||change|| in [0, 1] (Frobenius norm).
+        An adapter without magnitudes, and by target what was kept of its change.
 
     Raises:
         CorruptError: A target that the base lacks, or of another shape there.
     """
     factors = dict(adapter.factors)
-    residuals = {}
+    cuts = {}
     for target, magnitude in adapter.magnitudes.items():
         name = f"{target}.weight"
         if name not in base.places:
             raise CorruptError(target, "is no layer of this base", "use the base this adapter was trained on")
         fitting = fitted(target, factors[target], base.shape(name))
         change = dora_change(target, base.read(name), fitting, magnitude)
-        factors[target], residuals[target] = approximated(change, rule)
-    return replace(adapter, factors=factors, magnitudes={}), residuals
+        factors[target], cuts[target] = approximated(change, rule)
+    return replace(adapter, factors=factors, magnitudes={}), cuts
 
 
 def dora_change(target: str, weight: Tensor, factors: LoraFactors, magnitude: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def dora_change(target: str, weight: Tensor, factors: LoraFactors, magnitude: Te
     return magnitude.double().reshape(shape) * changed / torch.where(norms > 0, norms, 1.0) - weight
 
 
-def approximated(change: Tensor, rule: RankRule | None) -> tuple[LoraFactors, float]:
+def approximated(change: Tensor, rule: RankRule | None) -> tuple[LoraFactors, Cut]:
     """Factors of a full change.
 
     Args:
@@ -80,15 +81,15 @@ def approximated(change: Tensor, rule: RankRule | None) -> tuple[LoraFactors, fl
         rule: How many singular values to keep; None for all, exact to float32.
 
     Returns:
-        Factors with alpha = rank, and ||change - theirs|| / ||change|| in [0, 1].
+        Factors with alpha = rank, and what was kept.
     """
     matrix = change.flatten(1).float()
     if rule is None:
         up, down = times_identity(matrix)
-        residual = 0.0
+        cut = Cut(up.shape[1], float(torch.linalg.vector_norm(change)), 0.0)
     else:
         best = low_rank(matrix, rule)
-        up, down, residual = best.up, best.down, best.residual
-    rank, tail = up.shape[1], change.shape[2:]
-    up, down = up.reshape(-1, rank, *[1] * len(tail)), down.reshape(rank, change.shape[1], *tail)
-    return LoraFactors(down, up, alpha=float(rank)), residual
+        up, down, cut = best.up, best.down, Cut(best.rank, best.norm, best.residual)
+    tail = change.shape[2:]
+    up, down = up.reshape(-1, cut.rank, *[1] * len(tail)), down.reshape(cut.rank, change.shape[1], *tail)
+    return LoraFactors(down, up, alpha=float(cut.rank)), cut

@@ -44,9 +44,9 @@ def test_the_plain_adapter_does_what_pefts_layer_does(
     weight = parts["base_layer.weight"]
     rows = norms.reshape(-1, *[1] * (weight.ndim - 1))
     adapter = Adapter({TARGET: LoraFactors(down, up, 3.0)}, magnitudes={TARGET: rows})
-    made, residuals = plain(adapter, weights(tmp_path, weight), None)
+    made, cuts = plain(adapter, weights(tmp_path, weight), None)
     assert not made.magnitudes
-    assert residuals == {TARGET: 0.0}
+    assert cuts[TARGET].residual == 0.0
     x = torch.randn(inputs)
     with torch.no_grad():
         expected = model(x)
@@ -75,33 +75,35 @@ def test_a_row_of_zeros_stays_zero() -> None:
 @pytest.mark.parametrize("rule", [RankRule("rank", 3), RankRule("error", 0.5)])
 def test_the_cut_is_the_best_of_its_rank(generator: torch.Generator, shape: tuple[int, ...], rule: RankRule) -> None:
     change = torch.randn(shape, generator=generator).double()
-    factors, residual = approximated(change, rule)
+    factors, cut = approximated(change, rule)
     values = torch.linalg.svdvals(change.flatten(1))
     best = float(values[rule.choose(values) :].norm() / values.norm())
     assert 0 < factors.rank == rule.choose(values) < len(values)
-    assert residual == pytest.approx(best, rel=1e-5)
+    assert cut.residual == pytest.approx(best, rel=1e-5)
+    assert cut.norm == pytest.approx(float(values.norm()))
     assert float((factors.delta() - change).norm() / change.norm()) == pytest.approx(best, rel=1e-5)
 
 
 def test_all_of_a_change_is_kept_on_request(generator: torch.Generator) -> None:
     change = torch.randn(7, 4, 3, 3, generator=generator)
-    factors, residual = approximated(change, None)
+    factors, cut = approximated(change, None)
     assert torch.equal(factors.delta(), change)
-    assert residual == 0.0
+    assert (cut.rank, cut.residual) == (7, 0.0)
+    assert cut.norm == pytest.approx(float(change.norm()))
 
 
 def test_no_change_has_factors_of_zeros() -> None:
-    factors, residual = approximated(torch.zeros(3, 4, dtype=torch.float64), RankRule("energy", 0.9))
+    factors, cut = approximated(torch.zeros(3, 4, dtype=torch.float64), RankRule("energy", 0.9))
     assert not factors.delta().any()
-    assert residual == 0.0
+    assert cut.residual == 0.0
 
 
 def test_layers_without_a_magnitude_stay_as_they_are(tmp_path: Path) -> None:
     adapter = Adapter({TARGET: LoraFactors(torch.ones(1, 2), torch.ones(3, 1), 1.0)}, {"<a>": torch.ones(1, 2)})
-    made, residuals = plain(adapter, weights(tmp_path, torch.ones(3, 2)), None)
+    made, cuts = plain(adapter, weights(tmp_path, torch.ones(3, 2)), None)
     assert made.factors[TARGET] is adapter.factors[TARGET]
     assert made.embeddings == adapter.embeddings
-    assert residuals == {}
+    assert cuts == {}
 
 
 @pytest.mark.parametrize(
