@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.formats import diffusers, native
-from lora_pipeline.adapters.recognition import DIFFUSERS, NATIVE, recognise
+from lora_pipeline.adapters.formats import diffusers, kohya, native
+from lora_pipeline.adapters.recognition import DIFFUSERS, KOHYA, NATIVE, recognise
 from lora_pipeline.adapters.storage import read_tensors, write_tensors
 from lora_pipeline.errors import CorruptError, UsageError
 
@@ -21,8 +21,8 @@ Parse = Callable[[Mapping[str, Tensor], Mapping[str, str]], Adapter]
 # The tensors and metadata of the file that `parse` reads back; raises CorruptError for what the format cannot hold.
 Render = Callable[[Adapter], tuple[dict[str, Tensor], dict[str, str]]]
 
-READERS: dict[str, Parse] = {NATIVE: native.parse, DIFFUSERS: diffusers.parse}
-WRITERS: dict[str, Render] = {NATIVE: native.render, DIFFUSERS: diffusers.render}
+READERS: dict[str, Parse] = {NATIVE: native.parse, DIFFUSERS: diffusers.parse, KOHYA: kohya.parse}
+WRITERS: dict[str, Render] = {NATIVE: native.render, DIFFUSERS: diffusers.render, KOHYA: kohya.render}
 
 
 def load(path: Path) -> Adapter:
