@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_pipeline.adapters.header import Header, read_header
-from lora_pipeline.adapters.recognition import recognise
+from lora_pipeline.adapters.peft_folder import read_folder_header, weight_files
+from lora_pipeline.adapters.recognition import PEFT, recognise
 
 _DOWN = (".down", ".lora_A.weight")
 _EMBEDDINGS = ("embedding.", "lora_pipeline.embedding.")
@@ -47,7 +48,9 @@ def describe(path: Path) -> Description:
     Raises:
         MissingError, CorruptError: See `read_header`.
     """
-    header = read_header(path)
+    folder = path.is_dir()
+    header = read_folder_header(path) if folder else read_header(path)
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
     downs = {name: entry for name, entry in header.tensors.items() if name.endswith(_DOWN)}
     tokens = {
         name.removeprefix(start): entry.shape[0]
@@ -56,13 +59,13 @@ def describe(path: Path) -> Description:
         if name.startswith(start) and entry.shape
     }
     return Description(
-        format=recognise({name: entry.shape for name, entry in header.tensors.items()}, header.metadata) or "unknown",
+        format=PEFT if folder else recognise(shapes, header.metadata) or "unknown",
         layers=_counted(name.partition(".")[0] for name in downs),
         ranks=_counted(entry.shape[0] for entry in downs.values() if entry.shape),
         tokens=dict(sorted(tokens.items())),
         dtypes=_counted(entry.dtype for entry in header.tensors.values()),
         parameters=sum(math.prod(entry.shape) for entry in header.tensors.values()),
-        size=path.stat().st_size,
+        size=sum(each.stat().st_size for each in (weight_files(path).values() if folder else [path])),
         provenance=_provenance(header),
     )
 

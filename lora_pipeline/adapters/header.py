@@ -82,7 +82,9 @@ def _regular_file_size(path: Path) -> int:
 def _refuse_other_kinds(path: Path, beginning: bytes) -> None:
     if not beginning:
         raise CorruptError(str(path), "is empty", _FIX)
-    if beginning.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    pickled = beginning.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+    a_length = beginning[3:] == bytes(5)  # a header of 640, 896, 1152 or 1408 bytes begins like a pickle
+    if beginning.startswith(b"PK\x03\x04") or (pickled and not a_length):
         problem = "is a pickle (.pt, .bin, .ckpt), which can run code when it is read"
         raise CorruptError(str(path), problem, "get the safetensors version of it")
     if len(beginning) < 8:
