@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_pipeline.adapters import keys, sources
+from lora_pipeline.adapters import keys, peft_folder, sources
 from lora_pipeline.adapters.fingerprint import weight_files
 from lora_pipeline.adapters.header import Header, TensorEntry, read_header
-from lora_pipeline.adapters.recognition import recognise
+from lora_pipeline.adapters.recognition import PEFT, recognise
 from lora_pipeline.errors import CorruptError, MissingError
 
 CHECKPOINT, FOLDER, MERGED = "checkpoint", "diffusers folder", "merged folder"
 BASES = (CHECKPOINT, FOLDER, MERGED)
 _CHECKPOINT_KEY = "model.diffusion_model."
-_PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODEL_INDEX, _MERGE_RECORD = "model_index.json", "lora_pipeline.json"
 _COMPONENTS = (
     "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "text_encoder_2/model.safetensors",
@@ -74,15 +73,11 @@ def describe(path: Path) -> Description:
     if not path.is_dir():
         header = read_header(path)
         return _described(_format(header), {path.name: path}, header, sources.provenance(header.metadata))
-    if (path / _PEFT_CONFIG).is_file():
-        header = read_header(path / _PEFT_WEIGHTS)
-        metadata = {**header.metadata, _PEFT_CONFIG: _text(path / _PEFT_CONFIG)}
-        header = Header(header.tensors, metadata)
-        return _described("peft", {_PEFT_WEIGHTS: path / _PEFT_WEIGHTS}, header, sources.provenance(metadata))
     if (path / _MODEL_INDEX).is_file():
         return _described_base(path)
-    problem = f"is a folder without {_PEFT_CONFIG} or {_MODEL_INDEX}"
-    raise CorruptError(str(path), problem, "give a file, a PEFT folder, or a diffusers folder")
+    header = peft_folder.read_folder_header(path)
+    files = {file.relative_to(path).as_posix(): file for file in peft_folder.weight_files(path).values()}
+    return _described(PEFT, files, header, sources.provenance(header.metadata))
 
 
 def _described_base(folder: Path) -> Description:

@@ -18,6 +18,7 @@ from lora_pipeline.errors import CorruptError, MissingError
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_DIMENSIONS = 8
+_MAX_NUMBERS = 2**48
 BYTES_PER_ELEMENT = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -86,7 +87,9 @@ def _refuse_other_kinds(path: Path, beginning: bytes, file: BinaryIO) -> None:
     """Says what it is where it is something people mistake for a safetensors file."""
     if not beginning:
         raise CorruptError(str(path), "is empty", _FIX)
-    if beginning.startswith(_PICKLES) or (beginning.startswith(_ZIP) and _holds_pickle(file.read(_ZIP_NAME))):
+    a_length = beginning[3:] == bytes(5)  # a header of 640, 896, 1152 or 1408 bytes begins like a pickle
+    pickled = beginning.startswith(_PICKLES) and not a_length
+    if pickled or (beginning.startswith(_ZIP) and _holds_pickle(file.read(_ZIP_NAME))):
         problem = "is a pickle (.pt, .bin, .ckpt), which can run code when it is read"
         raise CorruptError(str(path), problem, "get the safetensors version of it")
     if beginning.startswith(_ZIP):
@@ -148,6 +151,8 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
         raise CorruptError(where, f"unknown dtype {dtype!r}", f"use one of {', '.join(BYTES_PER_ELEMENT)}")
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
         raise CorruptError(where, f"its shape {shape!r:.80} or offsets {offsets!r:.80} cannot be", _FIX)
+    if math.prod(max(length, 1) for length in shape) >= _MAX_NUMBERS:  # no bytes, and yet beyond what torch counts
+        raise CorruptError(where, f"its shape {shape!r:.80} cannot be", _FIX)
     start, stop = offsets
     expected = math.prod(shape) * BYTES_PER_ELEMENT[dtype]
     if stop - start != expected:

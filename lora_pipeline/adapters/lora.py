@@ -33,7 +33,13 @@ class LoraFactors:
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
-        fits = len(down) in (2, 4) and len(up) == len(down) and up[1] == down[0] > 0 and set(up[2:]) <= {1}
+        fits = (
+            len(down) in (2, 4)
+            and len(up) == len(down)
+            and up[1] == down[0]
+            and set(up[2:]) <= {1}
+            and 0 not in down + up
+        )
         if not fits:
             problem = f"down {down} and up {up} do not belong together"
             raise CorruptError("factors", problem, "use a file with (rank, in) and (out, rank) factors of one rank")

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_pipeline.adapters.keys import Module, Shapes
-from lora_pipeline.adapters.recognition import CLONEOFSIMO, EMBEDDINGS, KOHYA, NATIVE
+from lora_pipeline.adapters.kohya_names import token_of_key
+from lora_pipeline.adapters.peft_folder import CONFIG_SUFFIX
+from lora_pipeline.adapters.recognition import CLONEOFSIMO, EMBEDDINGS, KOHYA, NATIVE, PEFT
 
-_OURS, _DIFFUSERS, _PEFT = "lora_pipeline", "lora_adapter_metadata", "adapter_config.json"
+_OURS, _DIFFUSERS = "lora_pipeline", "lora_adapter_metadata"
 _EMBEDDINGS = ("embedding.", "embedding_2.", "lora_pipeline.embedding.", "lora_pipeline.embedding_2.")
-_BUNDLE = "bundle_emb."
 _ROWS = ("emb_params", "clip_l", "clip_g")  # rows whose token the file does not tell
 # kohya's scripts write a hundred fields; these say what the file is.
 _TELLING = (
@@ -66,8 +67,8 @@ def alphas(metadata: Mapping[str, str], modules: Sequence[Module]) -> Counter[fl
     counts: Counter[float] = Counter()
     for model, layers in Counter(module.model for module in modules).items():
         fields = {key.removeprefix(f"{model}."): value for key, value in config.items() if key.startswith(f"{model}.")}
-        counts += _configured(fields, layers)
-    return counts or _configured(parsed(metadata.get(_PEFT, "{}")), len(modules))
+        counts += _configured(fields or parsed(metadata.get(model + CONFIG_SUFFIX, "{}")), layers)
+    return counts
 
 
 def parsed(text: str) -> dict[str, Any]:
@@ -81,11 +82,12 @@ def parsed(text: str) -> dict[str, Any]:
 
 def _token(key: str, metadata: Mapping[str, str], form: str) -> str | None:
     if form == KOHYA:
-        return key.removeprefix(_BUNDLE).rpartition(".")[0].removesuffix(".string_to_param") if _BUNDLE in key else None
+        bundled = token_of_key(key)
+        return bundled[0] if bundled else None
     if form == CLONEOFSIMO:
         return key if metadata.get(key) == "<embed>" else None
     start = next((each for each in _EMBEDDINGS if key.startswith(each)), None)
-    if start and (form == NATIVE or start.startswith(_OURS)):
+    if start and (form in (NATIVE, PEFT) or start.startswith(_OURS)):
         return key.removeprefix(start)
     if form == EMBEDDINGS:
         return "*" if key.rpartition(".")[2] in _ROWS else key

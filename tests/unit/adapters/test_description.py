@@ -20,6 +20,10 @@ from lora_pipeline.adapters.storage import write_tensors
 from lora_pipeline.errors import CorruptError, MissingError
 
 
+def weights_of(path: Path) -> list[Path]:
+    return sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+
+
 @pytest.mark.parametrize("form", WRITERS)
 def test_an_adapter_is_described_from_its_header(
     tmp_path: Path, make_adapter: Callable[..., Adapter], form: str
@@ -37,13 +41,16 @@ def test_an_adapter_is_described_from_its_header(
     assert description.dtypes == {"F32": 7 + alphas}
     numbers = sum(each.down.numel() + each.up.numel() for each in adapter.factors.values())
     assert description.parameters == numbers + 16 + alphas
-    assert description.size == (tmp_path / "x").stat().st_size
+    files = weights_of(tmp_path / "x")
+    assert description.size == sum(path.stat().st_size for path in files)
     assert description.provenance == {"base": "b"}
     assert description.kinds == {"LoRA": 3}
-    assert description.sha256 == {"x": hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()}
+    assert sorted(description.sha256.values()) == sorted(
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    )
 
 
-@pytest.mark.parametrize("form", ["native", "diffusers"])
+@pytest.mark.parametrize("form", ["native", "diffusers", "peft"])
 def test_alphas_are_counted_where_the_header_has_them(
     tmp_path: Path, make_adapter: Callable[..., Adapter], form: str
 ) -> None:
@@ -198,10 +205,15 @@ def test_a_diffusers_folder_is_described_with_what_was_merged_into_it(tmp_path: 
 
 @pytest.mark.parametrize(
     ("contents", "said"),
-    [({}, "without"), ({"adapter_config.json": b"\xff"}, "no text"), ({"model_index.json": b""}, "no such file")],
+    [
+        ({}, "no PEFT folder"),
+        ({"adapter_config.json": b"\xff"}, "no text"),
+        ({"model_index.json": b""}, "no such file"),
+    ],
 )
 def test_other_folders_are_refused(tmp_path: Path, contents: dict[str, bytes], said: str) -> None:
-    write_tensors(tmp_path / "adapter_model.safetensors", {}, {})
+    tensors = {f"base_model.model.{DOTTED}.to_k.lora_A.weight": torch.ones(2, 768)}
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors, {})
     for name, text in contents.items():
         (tmp_path / name).write_bytes(text)
     if "model_index.json" in contents:
