@@ -49,8 +49,12 @@ FIELDS = (
 )  # fmt: skip
 
 
-def read_or_refused(path: Path, contents: bytes) -> None:
+def written(path: Path, contents: bytes) -> Path:
     path.write_bytes(contents)
+    return path
+
+
+def assert_read_or_refused(path: Path) -> None:
     for read in (load_adapter, describe):
         refusal = None
         try:
@@ -70,26 +74,31 @@ def seed_adapter() -> Adapter:
 @settings(THE_SAME_EACH_TIME, max_examples=300)
 @given(contents=st.binary(max_size=300), length=st.one_of(st.none(), st.integers(0, 2**64 - 1)))
 def test_any_bytes(tmp_path: Path, contents: bytes, length: int | None) -> None:
-    read_or_refused(tmp_path / "x", contents if length is None else struct.pack("<Q", length) + contents)
+    assert_read_or_refused(
+        written(tmp_path / "x", contents if length is None else struct.pack("<Q", length) + contents)
+    )
 
 
 @pytest.mark.parametrize("form", WRITERS)
 @settings(THE_SAME_EACH_TIME, max_examples=150)
 @given(
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
-    in_header=st.booleans(), cut=st.floats(0.5, 1.5),
+    in_header=st.booleans(), cut=st.floats(0.5, 1.5), which=st.integers(0, 9),
 )  # fmt: skip
-def test_flipped_bytes(tmp_path: Path, form: str, flips: list[tuple[float, int]], in_header: bool, cut: float) -> None:
-    whole = tmp_path / "whole"
-    if not whole.exists():
-        save(seed_adapter(), whole, form)
-    if whole.is_dir():
-        pytest.skip("a folder")
-    contents = bytearray(whole.read_bytes())
-    reach = 8 + struct.unpack("<Q", contents[:8])[0] if in_header else len(contents)
+def test_flipped_bytes(
+    tmp_path: Path, form: str, flips: list[tuple[float, int]], in_header: bool, cut: float, which: int
+) -> None:
+    path = tmp_path / "x"
+    save(seed_adapter(), path, form)
+    files = sorted(each for each in path.rglob("*") if each.is_file()) or [path]  # one format is a folder
+    damaged = files[which % len(files)]
+    contents = bytearray(damaged.read_bytes())
+    header = 8 + struct.unpack("<Q", contents[:8])[0]
+    reach = min(header, len(contents)) if in_header else len(contents)
     for position, value in flips:
         contents[int(position * reach)] = value
-    read_or_refused(tmp_path / "x", bytes(contents[: int(cut * len(contents))]))
+    damaged.write_bytes(contents[: int(cut * len(contents))])
+    assert_read_or_refused(path)
 
 
 def names() -> st.SearchStrategy[str]:
@@ -140,7 +149,7 @@ def test_well_formed_files_of_anything(
             fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
             position += size
     text = json.dumps(fields).encode()
-    read_or_refused(tmp_path / "x", struct.pack("<Q", len(text)) + text + bytes([seed % 64]) * position)
+    assert_read_or_refused(written(tmp_path / "x", struct.pack("<Q", len(text)) + text + bytes([seed % 64]) * position))
 
 
 LAYER = f"lora_unet_{ATTENTION.replace('.', '_')}"
@@ -172,7 +181,7 @@ def test_modules_of_shapes_that_need_not_fit(tmp_path: Path, kind: str, data: st
         fields[f"{layer}.{suffix}"] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(fields).encode()
-    read_or_refused(tmp_path / "x", struct.pack("<Q", len(text)) + text + b"\x01" * position)
+    assert_read_or_refused(written(tmp_path / "x", struct.pack("<Q", len(text)) + text + b"\x01" * position))
 
 
 CLAIMS: dict[str, Callable[[], dict[str, object]]] = {
@@ -188,4 +197,4 @@ CLAIMS: dict[str, Callable[[], dict[str, object]]] = {
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_claims_beyond_the_file_cost_nothing(tmp_path: Path, claim: str) -> None:
     text = json.dumps(CLAIMS[claim]()).encode()
-    read_or_refused(tmp_path / "x", struct.pack("<Q", len(text)) + text)
+    assert_read_or_refused(written(tmp_path / "x", struct.pack("<Q", len(text)) + text))
