@@ -26,6 +26,7 @@ VERBS = {
     "merge": "Adapters into a copy of the base.",
     "render": "Pictures from prompts, with adapters and schedules.",
     "evaluate": "Score a set of pictures.",
+    "convert": "An adapter in another program's format.",
     "inspect": "Show what an adapter is and where it comes from.",
     "study": "Measure the methods over subjects and seeds.",
     "base": "Train, judge and score the embedded base.",

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from lora_pipeline.adapters.keys import context_width, family_of_width
 from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.targets import is_target
 from lora_pipeline.errors import CorruptError
@@ -51,6 +52,8 @@ class Adapter:
             if rows.ndim != 2 or rows.numel() == 0 or not token or token != token.strip():
                 problem = f"an embedding of shape {tuple(rows.shape)} for token {token!r}"
                 raise CorruptError(token, problem, "use (vectors, dim) rows under a token without outer blanks")
+            if not rows.is_floating_point():
+                raise CorruptError(token, f"an embedding of whole numbers ({rows.dtype})", "get the file again")
         for target in self.magnitudes:
             if target not in self.factors:
                 raise CorruptError(target, "has a DoRA magnitude and no factors", "get the file again")
@@ -73,6 +76,25 @@ def check_understood(where: str, adapter: Adapter) -> None:
         some = ", ".join(sorted(adapter.foreign)[:3])
         problem = f"holds {len(adapter.foreign)} tensors of an unknown kind ({some})"
         raise CorruptError(where, problem, "use a program that knows them, or a version of the file without them")
+
+
+def check_family(where: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses an adapter of another family of Stable Diffusion, told by the width of what its cross-attention reads.
+
+    Args:
+        where: The file to name in the error.
+        adapter: What is to be used.
+        base: Shapes of the base's weights by target.
+
+    Raises:
+        CorruptError: The widths differ.
+    """
+    changes = {target: (each.up.shape[0], each.down.shape[1]) for target, each in adapter.factors.items()}
+    made_for, given = context_width(changes), context_width(base)
+    if None not in (made_for, given) and made_for != given:
+        wanted, found = (family_of_width(width) or "another model" for width in (made_for, given))
+        problem = f"is made for {wanted} (width {made_for}), the base is {found} (width {given})"
+        raise CorruptError(where, problem, "give a base of the family it was trained on")
 
 
 def check_base(where: str, adapter: Adapter, base: str) -> None:

@@ -33,7 +33,13 @@ class LoraFactors:
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
-        fits = len(down) in (2, 4) and len(up) == len(down) and up[1] == down[0] > 0 and set(up[2:]) <= {1}
+        fits = (
+            len(down) in (2, 4)
+            and len(up) == len(down)
+            and up[1] == down[0]
+            and set(up[2:]) <= {1}
+            and 0 not in down + up
+        )
         if not fits:
             problem = f"down {down} and up {up} do not belong together"
             raise CorruptError("factors", problem, "use a file with (rank, in) and (out, rank) factors of one rank")
@@ -112,3 +118,11 @@ def concatenated(parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
     down = torch.cat([factors.down.float() for factors, _ in parts])
     up = torch.cat([factors.up.float() * (weight * factors.scale) for factors, weight in parts], dim=1)
     return LoraFactors(down, up, alpha=float(down.shape[0]))
+
+
+def times_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A full matrix (m, n) as a product (m, rank) · (rank, n) with an identity on its shorter side: exact."""
+    rows, columns = matrix.shape
+    if columns <= rows:
+        return matrix, torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
+    return torch.eye(rows, dtype=matrix.dtype, device=matrix.device), matrix

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_pipeline.adapters.adapter import check_base, check_understood
+from lora_pipeline.adapters.adapter import check_base, check_family, check_understood
 from lora_pipeline.adapters.composition import Part, joined_embeddings, parents, summed
 from lora_pipeline.adapters.fingerprint import TEXT_ENCODER_WEIGHTS, UNET_WEIGHTS, base_fingerprint, weight_files
 from lora_pipeline.adapters.header import TensorEntry, read_header
@@ -24,6 +24,7 @@ from lora_pipeline.adapters.lora import fitted
 from lora_pipeline.adapters.storage import DTYPE_NAMES, DTYPES, disk_errors, read_tensor, stream_tensors
 from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET, root, target_of
 from lora_pipeline.adapters.vocabulary import token_names, with_tokens
+from lora_pipeline.adapters.weights import open_weights
 from lora_pipeline.errors import CorruptError, ParamsError
 
 PROVENANCE = "lora_pipeline.json"
@@ -53,8 +54,10 @@ def merge(base: Path, parts: Sequence[Part], out: Path, dtype: str | None) -> No
     if dtype is not None and dtype not in _PRECISIONS:
         raise ParamsError("dtype", f"{dtype!r} is unknown", f"use one of {', '.join(_PRECISIONS)}")
     fingerprint = base_fingerprint(base)
+    shapes = open_weights(base).shapes()
     for name, adapter, _ in parts:
         check_base(name, adapter, fingerprint)
+        check_family(name, adapter, shapes)
         check_understood(name, adapter)
     embeddings = dict(sorted(joined_embeddings(parts).items()))
     names = [name for token, rows in embeddings.items() for name in token_names(token, len(rows))]

@@ -16,9 +16,7 @@ NATIVE = "native"
 EMBEDDINGS = "embeddings"
 
 _POSITION = re.compile(r"(unet|text_encoder):\d+:(up|down)")
-_ERAS = re.compile(
-    r"\.(lora_[AB](\.default)?|lora\.(down|up)|lora_linear_layer\.(down|up)|processor\.to_\w+_lora\.(down|up))\.weight"
-)
+_ERAS = re.compile(r"\.(lora_[AB](\.default(_0)?)?|(\w+_)?lora\.(down|up)|lora_linear_layer\.(down|up))\.weight$")
 _MOST_EMBEDDINGS = 256
 
 
@@ -40,7 +38,9 @@ def _is_cloneofsimo(shapes: Shapes, metadata: Metadata) -> bool:
     return any(map(_POSITION.fullmatch, shapes)) or "<embed>" in metadata.values()
 
 
-def _is_diffusers(shapes: Shapes, _metadata: Metadata) -> bool:
+def _is_diffusers(shapes: Shapes, metadata: Metadata) -> bool:
+    if "lora_adapter_metadata" in metadata:
+        return True
     return any(_ERAS.search(name) for name in shapes) or _any_starts(shapes, "lora_pipeline.embedding")
 
 

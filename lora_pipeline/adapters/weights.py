@@ -34,6 +34,14 @@ class Weights:
         """The shape of a parameter."""
         return self.places[name][1].shape
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all weights, by target."""
+        return {
+            name.removesuffix(".weight"): entry.shape
+            for name, (_, entry) in self.places.items()
+            if name.endswith(".weight")
+        }
+
     def read(self, name: str) -> Tensor:
         """A parameter in the dtype it is stored in."""
         path, entry = self.places[name]

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from lora_pipeline.adapters.adapter import Adapter, check_understood
+from lora_pipeline.adapters.adapter import Adapter, check_family, check_understood
 from lora_pipeline.adapters.lora import LoraFactors, fitted
 from lora_pipeline.adapters.targets import root, target_of
 from lora_pipeline.errors import CorruptError, ParamsError
@@ -87,6 +87,7 @@ def inject_adapter(model: nn.Module, prefix: str, adapter: Adapter, name: str) -
     check_understood(name, adapter)
     _refuse_taken_name(model, name)
     layers = _layers(model, prefix)
+    check_family(name, adapter, {target: tuple(_base(model, path).weight.shape) for target, path in layers.items()})
     mine = {}
     for target, factors in adapter.factors.items():
         if not target.startswith(root(prefix)):

@@ -46,7 +46,7 @@ def test_help_lists_every_command_in_one_line(tmp_path: Path) -> None:
         assert re.search(rf"^ +{verb} +{re.escape(words)}$", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("verb", ["check", "compose"])
+@pytest.mark.parametrize("verb", ["check", "compose", "convert"])
 def test_a_commands_help_has_three_examples(verb: str, tmp_path: Path) -> None:
     done = lora_pipe(verb, "--help", folder=tmp_path)
     assert done.returncode == 0, done.stderr

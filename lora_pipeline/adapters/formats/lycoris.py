@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lora_pipeline.adapters.lora import LoraFactors
+from lora_pipeline.adapters.lora import LoraFactors, times_identity
 from lora_pipeline.errors import CorruptError
 
 # (rows, rank) and (rank, columns) in float64, with the kernel flattened into the columns.
@@ -124,7 +124,7 @@ def _hadamard(name: str, rest: dict[str, Tensor]) -> LoraFactors:
     rows, columns, rank = a1.shape[0], b1.shape[1], b1.shape[0] * b2.shape[0]
     _check_size(name, rows, columns, rank)
     if rank > min(rows, columns):
-        return _factors(_full((a1 @ b1) * (a2 @ b2)), scale, kernel)
+        return _factors(times_identity((a1 @ b1) * (a2 @ b2)), scale, kernel)
     # (Σ_i a_i b_i) ∘ (Σ_j c_j d_j) = Σ_ij (a_i ∘ c_j) (b_i ∘ d_j): products of rows with rows, columns with columns
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
     down = (b1[:, None] * b2[None]).flatten(0, 1)
@@ -135,7 +135,9 @@ def _kronecker(name: str, rest: dict[str, Tensor]) -> LoraFactors:
     kernel = _kernel(name, rest, ("lokr_t2", "lokr_w2", "lokr_w2_b"))
     whole = {side for side in ("lokr_w1", "lokr_w2") if side in rest}
     (a1, b1), (a2, b2) = (
-        _full(_take(name, rest, side).double().flatten(1)) if side in whole else _pair(name, rest, side, "lokr_t2")
+        times_identity(_take(name, rest, side).double().flatten(1))
+        if side in whole
+        else _pair(name, rest, side, "lokr_t2")
         for side in ("lokr_w1", "lokr_w2")
     )
     inner = b1.shape[0] if "lokr_w2" in whole else b2.shape[0]
@@ -144,7 +146,7 @@ def _kronecker(name: str, rest: dict[str, Tensor]) -> LoraFactors:
     rows, columns, rank = a1.shape[0] * a2.shape[0], b1.shape[1] * b2.shape[1], b1.shape[0] * b2.shape[0]
     _check_size(name, rows, columns, rank)
     if rank > min(rows, columns):
-        return _factors(_full(torch.kron(a1 @ b1, a2 @ b2)), scale, kernel)
+        return _factors(times_identity(torch.kron(a1 @ b1, a2 @ b2)), scale, kernel)
     # (a b) ⊗ (c d) = (a ⊗ c) (b ⊗ d)
     return _factors((torch.kron(a1, a2), torch.kron(b1, b2)), scale, kernel)
 
@@ -153,7 +155,7 @@ def _change(name: str, rest: dict[str, Tensor]) -> LoraFactors:
     change = _take(name, rest, "diff")
     rest.pop("alpha", None)  # nobody multiplies a full change by it
     _check_size(name, change.shape[0], change.shape[1:].numel(), min(change.shape[0], change.shape[1:].numel()))
-    return _factors(_full(change.flatten(1)), 1.0, tuple(change.shape[2:]))
+    return _factors(times_identity(change.flatten(1)), 1.0, tuple(change.shape[2:]))
 
 
 # The keys that tell each kind, and who reads it.
@@ -197,14 +199,6 @@ def _kernel(name: str, rest: Mapping[str, Tensor], where: tuple[str, ...]) -> tu
     """The kernel that a tensor shows, or the layer's name tells; none for a linear layer."""
     shown = [tuple(rest[suffix].shape[2:]) for suffix in where if suffix in rest and rest[suffix].ndim == 4]
     return shown[0] if shown else (3, 3) if name.rpartition(".")[2] in _KERNELS else ()
-
-
-def _full(matrix: Tensor) -> _Pair:
-    """A matrix as a product with an identity on its shorter side."""
-    rows, columns = matrix.shape
-    if columns <= rows:
-        return matrix, torch.eye(columns, dtype=matrix.dtype)
-    return torch.eye(rows, dtype=matrix.dtype), matrix
 
 
 def _factors(pair: _Pair, scale: float, kernel: tuple[int, ...]) -> LoraFactors:

@@ -11,7 +11,7 @@ Metadata: one key, `lora_pipeline`, holding sorted JSON::
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,6 +86,6 @@ def _parse_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, float], dict
     if not isinstance(alphas, dict) or not isinstance(provenance, dict):
         raise CorruptError(METADATA_KEY, "alphas and provenance must be objects", _FIX)
     for target, alpha in alphas.items():
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise CorruptError(target, f"alpha is {alpha!r}", _FIX)
+        if type(alpha) not in (int, float) or not abs(alpha) < sys.float_info.max:
+            raise CorruptError(target, f"alpha is {alpha!r:.80}", _FIX)
     return {target: float(alpha) for target, alpha in alphas.items()}, provenance

@@ -1,4 +1,4 @@
-"""Both file formats: what goes in comes out, and what is wrong is refused by name."""
+"""All file formats: what goes in comes out, and what is wrong is refused by name."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ def broken_native(change: Callable[[dict[str, torch.Tensor], dict[str, object]],
         lambda _, document: document.update(alphas=[]),
         lambda _, document: document["alphas"].update({TARGET: "1"}),
         lambda _, document: document["alphas"].update({TARGET: math.nan}),
+        lambda _, document: document["alphas"].update({TARGET: 10**400}),
         lambda _, document: document.update(provenance=[]),
         lambda tensors, _: tensors.update({"embedding.<a>": torch.ones(3)}),
     ],
@@ -98,7 +99,7 @@ def test_a_file_of_no_format_is_refused(tmp_path: Path) -> None:
         ("unet.a.lora_A.weight",),
         ("unet.a.lora_A.weight", "unet.b.lora_B.weight"),
         ("unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.lora_magnitude_vector"),
-        ("text_encoder_2.a.lora_A.weight", "text_encoder_2.a.lora_B.weight"),
+        ("text_encoder_3.a.lora_A.weight", "text_encoder_3.a.lora_B.weight"),
     ],
 )
 def test_a_broken_diffusers_file_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:

@@ -1,0 +1,86 @@
+"""`lora-pipe convert`: an adapter in another program's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_pipeline.errors import UsageError
+from stages._rank_rule import rule_of
+from stages._stage import stage
+
+if TYPE_CHECKING:
+    from lora_pipeline.adapters.adapter import Adapter
+    from lora_pipeline.adapters.extraction import Extraction
+    from lora_pipeline.adapters.weights import Weights
+
+
+def convert(  # noqa: PLR0913 - the options of a command
+    source: Annotated[Path, typer.Argument(metavar="IN", help="An adapter of any known format.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="What to write.")],
+    to: Annotated[str, typer.Option(help="The format: native, diffusers, peft, kohya, cloneofsimo, ...")],
+    base: Annotated[Path | None, typer.Option(help="The base a DoRA was made for, to make it plain with.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Keep this rank in every layer.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Keep this share of each layer's energy, as 0.95.")] = None,
+    error: Annotated[float | None, typer.Option(help="Lose no more than this of each layer, as 0.1.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; default as it is.")] = None,
+) -> None:
+    """Write an adapter in another format: the same numbers, alphas and tokens, unless a rank or a dtype is asked for.
+
+    Examples:
+
+        lora-pipe convert zorp.safetensors pytorch_lora_weights.safetensors --to diffusers
+
+        lora-pipe convert locon.safetensors small.safetensors --to native --error 0.05 --dtype float16
+
+        lora-pipe convert dora.safetensors plain.safetensors --to diffusers --base models/base --rank 64
+    """
+    from lora_pipeline.adapters import formats, load_adapter
+    from lora_pipeline.adapters.conversion import convert as converted
+
+    if to not in formats.WRITERS:
+        raise UsageError("--to", f"{to!r} is no format that is written", f"use one of {', '.join(formats.WRITERS)}")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UsageError(str(out), "is what is read", "give another name to write to")
+    rule = rule_of({"rank": rank, "energy": energy, "error": error}, None)
+    settings = {"dtype": dtype, "rank": rank, "energy": energy, "error": error, "to": to}
+    inputs = [source, base] if base else [source]
+    with stage("convert", out.name, out=out, inputs=inputs, section=lambda: settings) as run:
+        adapter = load_adapter(source)
+        weights = _weights(source, adapter, base) if base else None
+        conversion = converted(str(source), adapter, base=weights, rule=rule, dtype=dtype)
+        formats.save(conversion.adapter, run.building, to)
+    typer.echo("\n".join([_written(source, out, to, conversion.adapter), *_approximated(conversion)]))
+
+
+def _weights(source: Path, adapter: Adapter, base: Path) -> Weights:
+    from lora_pipeline.adapters.adapter import check_base
+    from lora_pipeline.adapters.fingerprint import base_fingerprint
+    from lora_pipeline.adapters.weights import open_weights
+
+    check_base(str(source), adapter, base_fingerprint(base))
+    return open_weights(base)
+
+
+def _written(source: Path, out: Path, to: str, adapter: Adapter) -> str:
+    from lora_pipeline.adapters.description import describe
+
+    tokens = sorted({*adapter.embeddings, *adapter.embeddings_2})
+    facts = [f"{len(adapter.factors)} layers", f"tokens {', '.join(tokens)}" if tokens else "no tokens"]
+    if adapter.magnitudes:
+        facts.append(f"{len(adapter.magnitudes)} of them DoRA")
+    if adapter.foreign:
+        facts.append(f"{len(adapter.foreign)} foreign tensors carried along")
+    return f"{source} ({describe(source).format}) → {out} ({to}): {', '.join(facts)}"
+
+
+def _approximated(conversion: Extraction) -> list[str]:
+    if not conversion.layers:
+        return []
+    worst = max(conversion.layers, key=lambda target: conversion.layers[target].residual)
+    return [
+        f"what is left out: {conversion.residual:.3%} of the whole change (Frobenius norm),"
+        f" at most {conversion.layers[worst].residual:.3%} of a layer's ({worst})"
+    ]
