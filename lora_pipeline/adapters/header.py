@@ -51,7 +51,7 @@ def read_header(path: Path) -> Header:
         MissingError: No such file.
         CorruptError: Not a safetensors file, or one whose header contradicts its size or itself.
     """
-    size = _regular_file_size(path)
+    size = regular_file_size(path)
     with path.open("rb") as file:
         beginning = file.read(8)
         _refuse_other_kinds(path, beginning)
@@ -67,7 +67,13 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
-def _regular_file_size(path: Path) -> int:
+def regular_file_size(path: Path) -> int:
+    """The size of a file in bytes.
+
+    Raises:
+        MissingError: No such file.
+        CorruptError: A folder, or a device, pipe or socket.
+    """
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -84,7 +90,8 @@ def _refuse_other_kinds(path: Path, beginning: bytes) -> None:
         raise CorruptError(str(path), "is empty", _FIX)
     if beginning.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         problem = "is a pickle (.pt, .bin, .ckpt), which can run code when it is read"
-        raise CorruptError(str(path), problem, "get the safetensors version of it")
+        fix = "get the safetensors version of it, or trust it: lora-pipe convert IN OUT --allow-pickle"
+        raise CorruptError(str(path), problem, fix)
     if len(beginning) < 8:
         raise CorruptError(str(path), f"is truncated: {len(beginning)} bytes", _FIX)
 

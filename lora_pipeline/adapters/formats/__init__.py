@@ -11,8 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.formats import diffusers, kohya, native
-from lora_pipeline.adapters.recognition import DIFFUSERS, KOHYA, NATIVE, recognise
+from lora_pipeline.adapters.formats import cloneofsimo, diffusers, embeddings, kohya, native, pickles
+from lora_pipeline.adapters.pickled import is_pickle
+from lora_pipeline.adapters.recognition import CLONEOFSIMO, DIFFUSERS, EMBEDDINGS, KOHYA, NATIVE, recognise
 from lora_pipeline.adapters.storage import read_tensors, write_tensors
 from lora_pipeline.errors import CorruptError, UsageError
 
@@ -21,20 +22,37 @@ Parse = Callable[[Mapping[str, Tensor], Mapping[str, str]], Adapter]
 # The tensors and metadata of the file that `parse` reads back; raises CorruptError for what the format cannot hold.
 Render = Callable[[Adapter], tuple[dict[str, Tensor], dict[str, str]]]
 
-READERS: dict[str, Parse] = {NATIVE: native.parse, DIFFUSERS: diffusers.parse, KOHYA: kohya.parse}
-WRITERS: dict[str, Render] = {NATIVE: native.render, DIFFUSERS: diffusers.render, KOHYA: kohya.render}
+READERS: dict[str, Parse] = {
+    NATIVE: native.parse,
+    DIFFUSERS: diffusers.parse,
+    KOHYA: kohya.parse,
+    CLONEOFSIMO: cloneofsimo.parse,
+    EMBEDDINGS: embeddings.parse,
+}
+WRITERS: dict[str, Render] = {
+    NATIVE: native.render,
+    DIFFUSERS: diffusers.render,
+    KOHYA: kohya.render,
+    CLONEOFSIMO: cloneofsimo.render,
+    "learned_embeds": embeddings.render_learned_embeds,
+    "emb_params": embeddings.render_emb_params,
+    pickles.A1111: pickles.render_a1111,
+}
+# How the formats that are no safetensors files are put on disk.
+_FILES = {pickles.A1111: pickles.write_a1111}
 
 
-def load(path: Path) -> Adapter:
+def load(path: Path, *, allow_pickle: bool = False) -> Adapter:
     """Reads an adapter of any known format; see `lora_pipeline.adapters.load_adapter`."""
-    tensors, metadata = read_tensors(path)
+    pickled = allow_pickle and is_pickle(path)
+    tensors, metadata = pickles.read_tensors_of_pickle(path) if pickled else read_tensors(path)
     form = recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata)
     if form not in READERS:
         example = min(tensors, default="no tensor at all")
         problem = f"is no adapter of a known format ({example:.100})"
         raise CorruptError(str(path), problem, f"give an adapter of one of the formats {', '.join(READERS)}")
     try:
-        return READERS[form](tensors, metadata)
+        return embeddings.named(READERS[form](tensors, metadata), path.stem.strip() or embeddings.UNNAMED)
     except CorruptError as error:
         raise CorruptError(f"{path}: {error.where}", error.problem, error.fix) from None
 
@@ -48,4 +66,4 @@ def save(adapter: Adapter, path: Path, form: str = NATIVE) -> None:
     if form not in WRITERS:
         raise UsageError(form, "is no format that is written", f"use one of {', '.join(WRITERS)}")
     tensors, metadata = WRITERS[form](adapter)
-    write_tensors(path, tensors, metadata)
+    _FILES.get(form, write_tensors)(path, tensors, metadata)

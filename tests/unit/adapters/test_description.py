@@ -15,8 +15,11 @@ from lora_pipeline.adapters.description import describe
 from lora_pipeline.adapters.formats import WRITERS, save
 from lora_pipeline.adapters.storage import write_tensors
 
+# They hold the layers of some bases, or no layers, and have tests of their own.
+PARTIAL = {"cloneofsimo", "learned_embeds", "emb_params", "a1111"}
 
-@pytest.mark.parametrize("form", WRITERS)
+
+@pytest.mark.parametrize("form", sorted(WRITERS.keys() - PARTIAL))
 def test_an_adapter_is_described_from_its_header(
     tmp_path: Path, make_adapter: Callable[..., Adapter], form: str
 ) -> None:
@@ -43,7 +46,7 @@ def test_an_adapter_is_described_from_its_header(
 def test_other_files_are_described_too(tmp_path: Path, metadata: dict[str, str]) -> None:
     write_tensors(tmp_path / "x", {"conv_in.weight": torch.ones(2, 3), "scalar": torch.tensor(1.0)}, metadata)
     description = describe(tmp_path / "x")
-    assert description.format == ("native" if metadata else "unknown")
+    assert description.format == "unknown"
     assert description.parameters == 7
     assert description.provenance == {}
 
