@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.formats import load, save
+from lora_pipeline.adapters.formats import diffusers, load, save
 from lora_pipeline.injection.inject import collapse, inject_adapter, set_weights
 
 Load = Callable[..., Any]
@@ -266,6 +266,8 @@ ERAS = {
 
 @pytest.mark.parametrize("era", ERAS)
 def test_files_of_every_era_mean_to_us_what_they_mean_to_diffusers(tmp_path: Path, pipeline: Load, era: str) -> None:
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
     source = torch.Generator().manual_seed(4)
     tensors, wanted = {}, {}
     for target, inputs, outputs, key in ERAS[era]:
@@ -283,3 +285,15 @@ def test_files_of_every_era_mean_to_us_what_they_mean_to_diffusers(tmp_path: Pat
     theirs = pipeline()
     theirs.load_lora_weights(tmp_path)
     assert_same(ours(pipeline(), adapter), predictions(models_of(theirs)))
+    newest = {name for name in diffusers.render(adapter)[0] if name.startswith("unet.")}
+    assert newest == set(convert_unet_state_dict_to_peft({key: 0 for key in tensors if key.startswith("unet.")}))
+
+
+def test_diffusers_loads_the_token_of_our_folder(tmp_path: Path, pipeline: Load, make_adapter: Make) -> None:
+    adapter = make_adapter(1, {"<zorp>": 2})
+    save(adapter, tmp_path / "x", "peft")
+    theirs = pipeline()
+    theirs.load_textual_inversion(tmp_path / "x" / "learned_embeds.safetensors")
+    ids = theirs.tokenizer("<zorp> <zorp>_1", add_special_tokens=False).input_ids
+    rows = theirs.text_encoder.get_input_embeddings()(torch.tensor(ids))
+    torch.testing.assert_close(rows, adapter.embeddings["<zorp>"])

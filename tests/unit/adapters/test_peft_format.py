@@ -52,6 +52,8 @@ def layout(folder: Path) -> set[str]:
         ("conv_in", "unet.conv_in"),
         (TEXT_PATH, f"text_encoder.text_model.{TEXT_PATH}"),
         (f"text_model.{TEXT_PATH}", f"text_encoder.text_model.{TEXT_PATH}"),
+        ("text_model.encoder.layers.31.mlp.fc1", "text_encoder_2.text_model.encoder.layers.31.mlp.fc1"),
+        ("text_projection", "text_encoder_2.text_model.text_projection"),
     ],
 )
 def test_the_keys_tell_which_model_a_folder_is_for(tmp_path: Path, path: str, target: str) -> None:
@@ -185,12 +187,12 @@ def test_a_folder_replaces_an_older_one_whole(tmp_path: Path, make_adapter: Make
 
 def test_nothing_of_others_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    (tmp_path / "folder" / "unet").mkdir(parents=True)
+    (tmp_path / "folder" / "unet" / "thesis.tex").write_text("mine")
     for name in ("file", "folder"):
         with pytest.raises(CorruptError, match="already"):
             save(Adapter({TO_Q: FACTORS}), tmp_path / name, "peft")
-    assert layout(tmp_path) == {"file", "folder/thesis.tex"}
+    assert layout(tmp_path) == {"file", "folder/unet/thesis.tex"}
 
 
 @pytest.mark.parametrize("step", ["write", "rename"])
