@@ -52,7 +52,8 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter
     for name, tensor in tensors.items():
         model, _, key = name.partition(".")
         if model in EMBEDDINGS:
-            (embeddings if name.startswith(_EMBEDDING) else embeddings_2)[key] = tensor
+            rows = tensor[None] if tensor.ndim == 1 else tensor  # diffusers saves a single vector as (dim,)
+            (embeddings if name.startswith(_EMBEDDING) else embeddings_2)[key] = rows
         elif model not in MODELS or model + CONFIG_SUFFIX not in metadata:
             raise CorruptError(name, f"cannot be understood without {CONFIG}", "give the folder that holds them both")
         elif ".lora_embedding_" in key:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.composition import compose
 from lora_pipeline.adapters.formats import diffusers, load, save
 from lora_pipeline.injection.inject import collapse, inject_adapter, set_weights
 
@@ -82,6 +83,21 @@ def test_diffusers_loads_our_file_and_says_the_same(
     said = predictions(models_of(theirs))
     assert_same(said, ours(pipeline(), adapter, weight))
     assert_changes_everything(said, predictions(models_of(pipeline())))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_a_blend_in_one_file_is_what_diffusers_makes_of_its_parts(
+    tmp_path: Path, pipeline: Load, make_adapter: Make
+) -> None:
+    parts = [("a", make_adapter(1), 0.7), ("b", make_adapter(2), -0.4)]
+    one, two = pipeline(), pipeline()
+    for name, adapter, _ in parts:
+        save(adapter, tmp_path / name / FILE, "diffusers")
+        two.load_lora_weights(tmp_path / name, adapter_name=name)
+    two.set_adapters(["a", "b"], [0.7, -0.4])
+    save(compose(parts), tmp_path / FILE, "diffusers")
+    one.load_lora_weights(tmp_path)
+    assert_same(predictions(models_of(one)), predictions(models_of(two)))
 
 
 def by_from_pretrained(model: Any, folder: Path) -> Any:

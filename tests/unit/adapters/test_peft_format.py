@@ -96,6 +96,11 @@ def test_tokens_of_both_of_sdxls_encoders_come_back(tmp_path: Path) -> None:
     assert again.provenance == {"base": "b"}
 
 
+def test_a_folder_of_textual_inversion_is_read_too(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "learned_embeds.safetensors", {"<a>": torch.ones(3)}, {})
+    assert load_adapter(tmp_path).embeddings["<a>"].shape == (1, 3)
+
+
 def test_what_the_configuration_says_of_its_base_is_kept(tmp_path: Path) -> None:
     said = {"base_model_name_or_path": "some/base", "revision": None, "task_type": "X", "lora_dropout": 0.1}
     adapter = load_adapter(folder_of(tmp_path / "x", UNET_PATH, said))
