@@ -1,7 +1,7 @@
 """Two adapters into one, against PEFT's `add_weighted_adapter`: `python -m benchmarks.composition [--json]`.
 
-PEFT's `svd` forms the full change of each layer and decomposes it; its `cat` stacks the factors, as ours does. Its times
-include making the third adapter's layer, which it cannot do without.
+PEFT's `svd` forms the full change of each layer and decomposes it; its `cat` stacks the factors, as ours does. Its
+times include making the third adapter's layer, which it cannot do without.
 """
 
 from __future__ import annotations
