@@ -12,7 +12,7 @@ from lora_pipeline.errors import ParamsError
 
 
 def rows(value: float, vectors: int = 1) -> Tensor:
-    return torch.full((vectors, 4), value)
+    return torch.full((vectors, 4), float(value))
 
 
 def having(tokens: dict[str, Tensor], second: dict[str, Tensor] | None = None) -> Adapter:
