@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from lora_pipeline.params import load_params
+from lora_pipeline.errors import MissingError
+from lora_pipeline.params import Params, load_params
 
 
 def check(
     file: Annotated[Path, typer.Argument(help="The parameter file.")] = Path("params.yaml"),
 ) -> None:
-    """Say whether params.yaml is sound, and what is in it.
+    """Say whether params.yaml is sound, its folders are there, and what is in it.
 
     Examples:
 
@@ -24,6 +25,9 @@ def check(
         lora-pipe check && dvc repro
     """
     params = load_params(file)
+    for key, path in folders(params).items():
+        if not Path(path).is_dir():
+            raise MissingError(f"{file.name}: {key}", f"there is no folder {path}", "set it to one that is there")
     for name, concept in params.concepts.items():
         typer.echo(f"concept {name}: {concept.kind}, {concept.train.method}, from {concept.images}")
     for name, blend in params.blends.items():
@@ -32,3 +36,12 @@ def check(
     for name, render in params.renders.items():
         pictures = (len(render.prompts) + len(render.class_prompts)) * len(render.seeds)
         typer.echo(f"render set {name}: {pictures} pictures from {render.source}")
+
+
+def folders(params: Params) -> dict[str, str]:
+    """What no stage makes: the folders that users bring, by key."""
+    brought = {"base": params.base}
+    brought |= {f"concepts.{name}.images": concept.images for name, concept in params.concepts.items()}
+    return brought | {
+        f"renders.{name}.evaluate.judge": render.evaluate.judge for name, render in params.renders.items()
+    }

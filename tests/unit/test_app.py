@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lora_pipeline.errors import PipelineError, UsageError
+from lora_pipeline.params import Params
 from stages import app
+from stages.check import folders
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "from stages.app import main; main()"]
@@ -77,6 +80,24 @@ def test_an_error_is_two_lines_and_its_code(tmp_path: Path) -> None:
     assert done.returncode == 4
     assert re.fullmatch(r"error: params\.yaml: .+\nfix: .+\n", done.stderr)
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("key", ["base", "concepts.zorp.images", "renders.schedule.evaluate.judge"])
+def test_check_names_the_folder_that_is_not_there(key: str, tmp_path: Path) -> None:
+    document = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
+    for name in folders(Params.model_validate(document)).values():
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document), "utf-8")
+    assert lora_pipe("check", folder=tmp_path).returncode == 0
+    *way, last = key.split(".")
+    section = document
+    for part in way:
+        section = section[part]
+    section[last] = "nowhere"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document), "utf-8")
+    done = lora_pipe("check", folder=tmp_path)
+    assert done.returncode == 4
+    assert done.stderr.startswith(f"error: params.yaml: {key}: there is no folder nowhere\nfix: ")
 
 
 def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:
