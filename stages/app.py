@@ -21,7 +21,7 @@ VERBS = {
     "preprocess": "Raw pictures → squares with captions.",
     "priors": "Class pictures, drawn by the base.",
     "train": "Learn a concept from its pictures.",
-    "extract": "A training run's result → a portable adapter.",
+    "extract": "A run, a tuned model or a larger adapter → a portable adapter.",
     "compose": "Several adapters → one.",
     "merge": "Adapters into a copy of the base.",
     "render": "Pictures from prompts, with adapters and schedules.",
