@@ -26,6 +26,9 @@ def convert(  # noqa: PLR0913 - the options of a command
     energy: Annotated[float | None, typer.Option(help="Keep this share of each layer's energy, as 0.95.")] = None,
     error: Annotated[float | None, typer.Option(help="Lose no more than this of each layer, as 0.1.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; default as it is.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Open .pt, .bin and .ckpt files too, by torch's weights-only reader.")
+    ] = False,
 ) -> None:
     """Write an adapter in another format: the same numbers, alphas and tokens, unless a rank or a dtype is asked for.
 
@@ -48,7 +51,7 @@ def convert(  # noqa: PLR0913 - the options of a command
     settings = {"dtype": dtype, "rank": rank, "energy": energy, "error": error, "to": to}
     inputs = [source, base] if base else [source]
     with stage("convert", out.name, out=out, inputs=inputs, section=lambda: settings) as run:
-        adapter = load_adapter(source)
+        adapter = load_adapter(source, allow_pickle=allow_pickle)
         weights = _weights(source, adapter, base) if base else None
         conversion = converted(str(source), adapter, base=weights, rule=rule, dtype=dtype)
         formats.save(conversion.adapter, run.building, to)
@@ -66,14 +69,16 @@ def _weights(source: Path, adapter: Adapter, base: Path) -> Weights:
 
 def _written(source: Path, out: Path, to: str, adapter: Adapter) -> str:
     from lora_pipeline.adapters.description import describe
+    from lora_pipeline.adapters.header import is_pickle
 
+    form = "pickle" if is_pickle(source) else describe(source).format
     tokens = sorted({*adapter.embeddings, *adapter.embeddings_2})
     facts = [f"{len(adapter.factors)} layers", f"tokens {', '.join(tokens)}" if tokens else "no tokens"]
     if adapter.magnitudes:
         facts.append(f"{len(adapter.magnitudes)} of them DoRA")
     if adapter.foreign:
         facts.append(f"{len(adapter.foreign)} foreign tensors carried along")
-    return f"{source} ({describe(source).format}) → {out} ({to}): {', '.join(facts)}"
+    return f"{source} ({form}) → {out} ({to}): {', '.join(facts)}"
 
 
 def _approximated(conversion: Extraction) -> list[str]:

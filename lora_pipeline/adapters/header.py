@@ -55,7 +55,7 @@ def read_header(path: Path) -> Header:
         MissingError: No such file.
         CorruptError: Not a safetensors file, or one whose header contradicts its size or itself.
     """
-    size = _regular_file_size(path)
+    size = regular_file_size(path)
     with path.open("rb") as file:
         beginning = file.read(8)
         _refuse_other_kinds(path, beginning, file)
@@ -71,7 +71,13 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
-def _regular_file_size(path: Path) -> int:
+def regular_file_size(path: Path) -> int:
+    """The size of a file in bytes.
+
+    Raises:
+        MissingError: No such file.
+        CorruptError: A folder, or a device, pipe or socket.
+    """
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -87,11 +93,10 @@ def _refuse_other_kinds(path: Path, beginning: bytes, file: BinaryIO) -> None:
     """Says what it is where it is something people mistake for a safetensors file."""
     if not beginning:
         raise CorruptError(str(path), "is empty", _FIX)
-    a_length = beginning[3:] == bytes(5)  # a header of 640, 896, 1152 or 1408 bytes begins like a pickle
-    pickled = beginning.startswith(_PICKLES) and not a_length
-    if pickled or (beginning.startswith(_ZIP) and _holds_pickle(file.read(_ZIP_NAME))):
+    if _begins_pickle(beginning, file):
         problem = "is a pickle (.pt, .bin, .ckpt), which can run code when it is read"
-        raise CorruptError(str(path), problem, "get the safetensors version of it")
+        fix = "get the safetensors version of it, or trust it: lora-pipe convert IN OUT --allow-pickle"
+        raise CorruptError(str(path), problem, fix)
     if beginning.startswith(_ZIP):
         raise CorruptError(str(path), "is a zip archive", "unpack it, and give the safetensors file inside")
     if beginning.startswith(b"version "):
@@ -102,6 +107,21 @@ def _refuse_other_kinds(path: Path, beginning: bytes, file: BinaryIO) -> None:
         raise CorruptError(str(path), problem, "download it again, logged in if the site asks for it")
     if len(beginning) < 8:
         raise CorruptError(str(path), f"is truncated: {len(beginning)} bytes", _FIX)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as a pickle, bare or in an archive as torch writes it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _begins_pickle(file.read(8), file)
+
+
+def _begins_pickle(beginning: bytes, file: BinaryIO) -> bool:
+    if beginning.startswith(_ZIP):
+        return _holds_pickle(file.read(_ZIP_NAME))
+    a_length = beginning[3:] == bytes(5)  # a header of 640, 896, 1152 or 1408 bytes begins like a pickle
+    return beginning.startswith(_PICKLES) and not a_length
 
 
 def _holds_pickle(rest: bytes) -> bool:

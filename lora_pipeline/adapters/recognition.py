@@ -44,6 +44,11 @@ def _is_diffusers(shapes: Shapes, metadata: Metadata) -> bool:
     return any(_ERAS.search(name) for name in shapes) or _any_starts(shapes, "lora_pipeline.embedding")
 
 
+def _is_native(shapes: Shapes, metadata: Metadata) -> bool:
+    ours = not shapes or _any_starts(shapes, "unet.", "text_encoder", "embedding.", "embedding_2.", "foreign.")
+    return ours and "lora_pipeline" in metadata
+
+
 def _is_embeddings(shapes: Shapes, _metadata: Metadata) -> bool:
     """A few rows or single vectors, and no layer's name."""
     rows = all(len(shape) in (1, 2) for shape in shapes.values())
@@ -58,6 +63,6 @@ _RULES: tuple[tuple[str, Callable[[Shapes, Metadata], bool]], ...] = (
     (CLONEOFSIMO, _is_cloneofsimo),
     (KOHYA, lambda shapes, _: _any_starts(shapes, "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "bundle_emb.")),
     (DIFFUSERS, _is_diffusers),
-    (NATIVE, lambda _, metadata: "lora_pipeline" in metadata),
+    (NATIVE, _is_native),
     (EMBEDDINGS, _is_embeddings),
 )

@@ -85,7 +85,7 @@ def stream_tensors(
     """
     # wider elements first, so that every tensor stays aligned
     names = sorted(layout, key=lambda name: (-BYTES_PER_ELEMENT[layout[name][0]], name))
-    with _written_whole(path) as file:
+    with write_whole(path) as file:
         file.write(_header_bytes(names, layout, metadata))
         for name in names:
             data = tensor_bytes(produce(name))
@@ -131,7 +131,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[BinaryIO]:
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name when the block ends well, and not at all otherwise.
+
+    Raises:
+        ResourceError, MissingError: See `disk_errors`.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.formats import diffusers, kohya, native, peft
-from lora_pipeline.adapters.recognition import DIFFUSERS, KOHYA, NATIVE, PEFT, recognise
+from lora_pipeline.adapters.formats import cloneofsimo, diffusers, embeddings, kohya, native, peft, pickles
+from lora_pipeline.adapters.header import is_pickle
+from lora_pipeline.adapters.recognition import CLONEOFSIMO, DIFFUSERS, EMBEDDINGS, KOHYA, NATIVE, PEFT, recognise
 from lora_pipeline.adapters.storage import read_tensors, write_tensors
 from lora_pipeline.errors import CorruptError, UsageError
 
@@ -22,25 +23,41 @@ Parse = Callable[[Mapping[str, Tensor], Mapping[str, str]], Adapter]
 Render = Callable[[Adapter], tuple[dict[str, Tensor], dict[str, str]]]
 
 READERS: dict[str, Parse] = {
-    NATIVE: native.parse, DIFFUSERS: diffusers.parse, PEFT: peft.parse, KOHYA: kohya.parse,
-}  # fmt: skip
+    NATIVE: native.parse,
+    DIFFUSERS: diffusers.parse,
+    PEFT: peft.parse,
+    KOHYA: kohya.parse,
+    CLONEOFSIMO: cloneofsimo.parse,
+    EMBEDDINGS: embeddings.parse,
+}
 WRITERS: dict[str, Render] = {
-    NATIVE: native.render, DIFFUSERS: diffusers.render, PEFT: peft.render, KOHYA: kohya.render,
-}  # fmt: skip
+    NATIVE: native.render,
+    DIFFUSERS: diffusers.render,
+    PEFT: peft.render,
+    KOHYA: kohya.render,
+    CLONEOFSIMO: cloneofsimo.render,
+    "learned_embeds": embeddings.render_learned_embeds,
+    "emb_params": embeddings.render_emb_params,
+    pickles.A1111: pickles.render_a1111,
+}
+# How the formats that are no safetensors files are put on disk.
+_FILES = {pickles.A1111: pickles.write_a1111, PEFT: peft.write_folder}
 
 
-def load(path: Path) -> Adapter:
+def load(path: Path, *, allow_pickle: bool = False) -> Adapter:
     """Reads an adapter of any known format; see `lora_pipeline.adapters.load_adapter`."""
-    folder = path.is_dir()
-    tensors, metadata = peft.read_folder(path) if folder else read_tensors(path)
+    read = peft.read_folder if path.is_dir() else read_tensors
+    if allow_pickle and is_pickle(path):
+        read = pickles.read_tensors_of_pickle
+    tensors, metadata = read(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    form = PEFT if folder else recognise(shapes, metadata)
+    form = PEFT if path.is_dir() else recognise(shapes, metadata)
     if form not in READERS:
         example = min(tensors, default="no tensor at all")
         problem = f"is no adapter of a known format ({example:.100})"
         raise CorruptError(str(path), problem, f"give an adapter of one of the formats {', '.join(READERS)}")
     try:
-        return READERS[form](tensors, metadata)
+        return embeddings.named(READERS[form](tensors, metadata), path.stem.strip() or embeddings.UNNAMED)
     except CorruptError as error:
         raise CorruptError(f"{path}: {error.where}", error.problem, error.fix) from None
 
@@ -54,5 +71,4 @@ def save(adapter: Adapter, path: Path, form: str = NATIVE) -> None:
     if form not in WRITERS:
         raise UsageError(form, "is no format that is written", f"use one of {', '.join(WRITERS)}")
     tensors, metadata = WRITERS[form](adapter)
-    write = peft.write_folder if form == PEFT else write_tensors
-    write(path, tensors, metadata)
+    _FILES.get(form, write_tensors)(path, tensors, metadata)

@@ -11,7 +11,7 @@ from lora_pipeline.adapters.adapter import Json
 from lora_pipeline.errors import CorruptError
 
 KEY = "lora_pipeline"
-_SOURCE = "source_metadata"
+SOURCE = "source_metadata"
 
 
 def read_provenance(metadata: Mapping[str, str], own: Collection[str]) -> dict[str, Json]:
@@ -27,8 +27,8 @@ def read_provenance(metadata: Mapping[str, str], own: Collection[str]) -> dict[s
     provenance: dict[str, Json] = read_object(metadata, KEY)
     texts = {key: text for key, text in metadata.items() if key != KEY and key not in own}
     if texts:
-        told = provenance.get(_SOURCE)
-        provenance[_SOURCE] = {**(told if isinstance(told, Mapping) else {}), **texts}
+        told = provenance.get(SOURCE)
+        provenance[SOURCE] = {**(told if isinstance(told, Mapping) else {}), **texts}
     return provenance
 
 
@@ -39,13 +39,13 @@ def write_provenance(provenance: Mapping[str, Json], own: Collection[str]) -> di
         provenance: Any JSON.
         own: Keys that the format writes itself; the source's of those names stay under our key.
     """
-    source = provenance.get(_SOURCE)
+    source = provenance.get(SOURCE)
     told = source if isinstance(source, Mapping) else {}
     texts = {key: text for key, text in told.items() if isinstance(text, str) and key != KEY and key not in own}
     left = {key: value for key, value in told.items() if key not in texts}
     ours = dict(provenance)
     if texts:
-        ours = {**ours, _SOURCE: left} if left else {key: value for key, value in ours.items() if key != _SOURCE}
+        ours = {**ours, SOURCE: left} if left else {key: value for key, value in ours.items() if key != SOURCE}
     return {**texts, KEY: json.dumps(ours, sort_keys=True, allow_nan=False)}
 
 

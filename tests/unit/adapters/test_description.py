@@ -24,7 +24,11 @@ def weights_of(path: Path) -> list[Path]:
     return sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
 
 
-@pytest.mark.parametrize("form", WRITERS)
+# They hold the layers of some bases, or no layers, and have tests of their own.
+PARTIAL = {"cloneofsimo", "learned_embeds", "emb_params", "a1111"}
+
+
+@pytest.mark.parametrize("form", sorted(WRITERS.keys() - PARTIAL))
 def test_an_adapter_is_described_from_its_header(
     tmp_path: Path, make_adapter: Callable[..., Adapter], form: str
 ) -> None:
@@ -228,7 +232,7 @@ def test_other_folders_are_refused(tmp_path: Path, contents: dict[str, bytes], s
 def test_other_files_are_described_too(tmp_path: Path, metadata: dict[str, str]) -> None:
     write_tensors(tmp_path / "x", {"conv_in.weight": torch.ones(2, 3), "scalar": torch.tensor(1.0)}, metadata)
     description = describe(tmp_path / "x")
-    assert description.format == ("native" if metadata else "unknown")
+    assert description.format == "unknown"
     assert description.parameters == 7
     assert description.provenance == {}
 

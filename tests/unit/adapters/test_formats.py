@@ -22,6 +22,9 @@ Make = Callable[..., Adapter]
 TARGET = "unet.mid_block.attentions.0.to_q"
 GOLDEN = "21da6214721636185e725b3ac56c3cd96e667111e478c7fb9b781266c944bed5"
 
+# They hold the layers of some bases, or no layers, and have tests of their own.
+PARTIAL = {"cloneofsimo", "learned_embeds", "emb_params", "a1111"}
+
 
 def assert_same(one: Adapter, other: Adapter) -> None:
     assert one.factors.keys() == other.factors.keys()
@@ -35,14 +38,14 @@ def assert_same(one: Adapter, other: Adapter) -> None:
     assert one.provenance == other.provenance
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", sorted(WRITERS.keys() - PARTIAL))
 def test_every_format_gives_back_what_it_was_given(tmp_path: Path, make_adapter: Make, form: str) -> None:
     adapter = make_adapter(3, tokens=("<a>", "b.c"), base="b")
     save(adapter, tmp_path / "x", form)
     assert_same(load_adapter(tmp_path / "x"), adapter)
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", sorted(WRITERS.keys() - PARTIAL))
 def test_an_adapter_may_be_tokens_only(tmp_path: Path, form: str) -> None:
     adapter = Adapter({}, {"<a>": torch.ones(1, 4)})
     save(adapter, tmp_path / "x", form)
