@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def convert(  # noqa: PLR0913 - the options of a command
     source: Annotated[Path, typer.Argument(metavar="IN", help="An adapter of any known format.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="What to write.")],
-    to: Annotated[str, typer.Option(help="The format: native, diffusers, peft, kohya, cloneofsimo, ...")],
+    to: Annotated[str, typer.Option(help="The format: native, diffusers, peft, kohya, cloneofsimo, ...")] = "native",
     base: Annotated[Path | None, typer.Option(help="The base a DoRA was made for, to make it plain with.")] = None,
     rank: Annotated[int | None, typer.Option(help="Keep this rank in every layer.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of each layer's energy, as 0.95.")] = None,
