@@ -42,11 +42,14 @@ def convert(  # noqa: PLR0913 - the options of a command
     """
     from lora_pipeline.adapters import formats, load_adapter
     from lora_pipeline.adapters.conversion import convert as converted
+    from lora_pipeline.adapters.peft_folder import is_peft_folder
 
     if to not in formats.WRITERS:
         raise UsageError("--to", f"{to!r} is no format that is written", f"use one of {', '.join(formats.WRITERS)}")
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(str(out), "is what is read", "give another name to write to")
+    if out.is_dir() and not is_peft_folder(out):
+        raise UsageError(str(out), "is a folder that holds something else", f"write to {out / source.name}")
     rule = rule_of({"rank": rank, "energy": energy, "error": error}, None)
     settings = {"dtype": dtype, "rank": rank, "energy": energy, "error": error, "to": to}
     inputs = [source, base] if base else [source]

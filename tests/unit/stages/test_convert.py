@@ -87,6 +87,29 @@ def test_a_dora_becomes_plain_with_its_base(tmp_path: Path, command_line: Comman
     torch.testing.assert_close(load_adapter(Path("out")).factors[TARGET].delta(), expected)
 
 
+@pytest.mark.parametrize("form", ["native", "peft"])
+def test_a_folder_of_something_else_is_never_replaced(
+    form: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_adapter(adapter(tokens=False), Path("in"))
+    Path("pictures").mkdir()
+    Path("pictures/cat.png").write_bytes(b"cat")
+    assert command_line("convert", "in", "pictures", "--to", form) == 2
+    assert (
+        capsys.readouterr().err == "error: pictures: is a folder that holds something else\nfix: write to pictures/in\n"
+    )
+    assert Path("pictures/cat.png").read_bytes() == b"cat"
+    assert command_line("compose", "in", "--out", "pictures") == 2
+    assert Path("pictures/cat.png").read_bytes() == b"cat"
+
+
+def test_a_folder_of_an_older_conversion_is_replaced(command_line: CommandLine) -> None:
+    save_adapter(adapter(tokens=False), Path("in"))
+    for _ in range(2):
+        assert command_line("convert", "in", "folder", "--to", "peft") == 0
+    assert load_adapter(Path("folder")).factors.keys() == {TARGET}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
