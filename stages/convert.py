@@ -76,7 +76,10 @@ def _written(source: Path, out: Path, to: str, adapter: Adapter) -> str:
 
     form = "pickle" if is_pickle(source) else describe(source).format
     tokens = sorted({*adapter.embeddings, *adapter.embeddings_2})
-    facts = [f"{len(adapter.factors)} layers", f"tokens {', '.join(tokens)}" if tokens else "no tokens"]
+    facts = [
+        f"{len(adapter.factors)} layer{'' if len(adapter.factors) == 1 else 's'}",
+        f"tokens {', '.join(tokens)}" if tokens else "no tokens",
+    ]
     if adapter.magnitudes:
         facts.append(f"{len(adapter.magnitudes)} of them DoRA")
     if adapter.foreign:

@@ -45,7 +45,7 @@ def test_every_written_format_of_any_layer_comes_back_as_it_was(
 ) -> None:
     save_adapter(adapter(tokens=False), Path("in"))
     assert command_line("convert", "in", "there", "--to", form) == 0
-    assert capsys.readouterr().out == f"in (native) → there ({form}): 1 layers, no tokens\n"
+    assert capsys.readouterr().out == f"in (native) → there ({form}): 1 layer, no tokens\n"
     assert describe(Path("there")).format == form
     assert command_line("convert", "there", "back", "--to", "native") == 0
     factors = load_adapter(Path("back")).factors[TARGET]
@@ -65,7 +65,7 @@ def test_a_cut_is_told_with_what_it_costs(command_line: CommandLine, capsys: pyt
     save_adapter(adapter(), Path("in"))
     assert command_line("convert", "in", "out", "--to", "native", "--rank", "2", "--dtype", "float16") == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("1 layers, tokens <zorp>")
+    assert first.endswith("1 layer, tokens <zorp>")
     delta = adapter().factors[TARGET].delta()
     values = torch.linalg.svdvals(delta)
     lost = float(values[2:].norm() / values.norm())
