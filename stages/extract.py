@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_pipeline.errors import UsageError
+from lora_pipeline.adapters.header import read_header
+from lora_pipeline.adapters.recognition import recognise
+from lora_pipeline.errors import CorruptError, UsageError
 from lora_pipeline.keeping import file_digest
 from lora_pipeline.params import load_params
 from stages._extraction_report import write_report
@@ -65,11 +67,11 @@ def extract(  # noqa: PLR0913 - the options of a command
     if concept and tuned and base and not source and not asked:
         _of_concept(concept, tuned, base, out)
     elif source and not concept and not tuned:
-        outs = (out, report, report.with_suffix(".png")) if report else (out,)
-        if base:
+        outs = (out, *_report_files(report)) if report else (out,)
+        if base and not _is_adapter(source):
             _of_model(source, base, _recipe(rule, options), _usable(device), outs)
         else:
-            _of_adapter(source, rule, options, outs)
+            _of_adapter(source, base, rule, options, outs)
     else:
         fix = "see lora-pipe extract --help"
         raise UsageError("extract", "needs either --concept, --tuned and --base alone, or a file", fix)
@@ -140,29 +142,55 @@ def _of_model(source: Path, base: Path, recipe: Recipe, device: str, outs: Seque
     _tell(outs[0], extraction)
 
 
-def _of_adapter(source: Path, rule: RankRule | None, options: Mapping[str, Any], outs: Sequence[Path]) -> None:
+def _of_adapter(
+    source: Path, base: Path | None, rule: RankRule | None, options: Mapping[str, Any], outs: Sequence[Path]
+) -> None:
     from lora_pipeline.adapters import load_adapter, save_adapter
+    from lora_pipeline.adapters.adapter import check_base, check_understood
     from lora_pipeline.adapters.composition import parents
     from lora_pipeline.adapters.extraction import extract as taken
+    from lora_pipeline.adapters.fingerprint import base_fingerprint
 
     if (source / "unet").is_dir():
         raise UsageError(str(source), "is a model, of which only the change from its base can be taken", "give --base")
     if options["targets"] is not None or options["clamp_quantile"] is not None:
-        raise UsageError("--base", "is missing, and --targets and --clamp-quantile are for models", "give the base")
+        raise UsageError(str(source), "is cut as an adapter; --targets and --clamp-quantile are for models", _WAYS)
     if rule is None and options["alpha"] is None:
         raise UsageError("extract", "is not told how much to keep of the adapter", _WAYS)
     settings: dict[str, Json] = {"alpha": options["alpha"], "rule": asdict(rule) if rule else None}
-    with stage("extract", outs[0].stem, out=outs, inputs=[source], section=lambda: settings) as run:
+    inputs = [source, base] if base else [source]
+    with stage("extract", outs[0].stem, out=outs, inputs=inputs, section=lambda: settings) as run:
         larger = load_adapter(source)
+        check_understood(str(source), larger)
+        made_for = base_fingerprint(base) if base and base.is_dir() else None
+        if made_for:
+            check_base(str(source), larger, made_for)
         provenance: dict[str, Json] = {
             "code": version("lora-pipeline"), "extract": settings, "parents": parents([(source.stem, larger, 1.0)]),
         }  # fmt: skip
         with run.progress(len(larger.factors), "layers") as advance:
-            extraction = taken(larger, rule, provenance, alpha=options["alpha"], advance=advance)
+            extraction = taken(larger, rule, provenance, base=made_for, alpha=options["alpha"], advance=advance)
         save_adapter(extraction.adapter, run.building)
         if len(outs) > 1:
             write_report(extraction, *run.outs[1:])
     _tell(outs[0], extraction)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a safetensors file is an adapter, and not a model in the names of CompVis."""
+    try:
+        header = read_header(path)
+    except CorruptError:
+        return False
+    form = recognise({name: entry.shape for name, entry in header.tensors.items()}, header.metadata)
+    return form is not None and not any(name.startswith("model.diffusion_model.") for name in header.tensors)
+
+
+def _report_files(report: Path) -> tuple[Path, Path]:
+    """The numbers, and the picture beside them."""
+    if report.suffix != ".json":
+        raise UsageError(f"--report {report}", "is no name of a JSON file", f"write {report.with_suffix('.json')}")
+    return report, report.with_suffix(".png")
 
 
 def _recipe(rule: RankRule | None, options: dict[str, Any]) -> Recipe:

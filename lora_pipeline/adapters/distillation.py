@@ -18,7 +18,7 @@ from lora_pipeline.adapters.adapter import Adapter, Json
 from lora_pipeline.adapters.extraction import Advance, Cut, Extraction, check_alpha, residual, with_alpha
 from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.ranks import RankRule
-from lora_pipeline.adapters.spectrum import LowRank, low_rank, relative_residual
+from lora_pipeline.adapters.spectrum import LowRank, frobenius_norm, low_rank, relative_residual
 from lora_pipeline.adapters.targets import TEXT_ENCODER, TEXT_ENCODER_2
 from lora_pipeline.adapters.weights import Weights
 from lora_pipeline.errors import CorruptError, UsageError
@@ -200,7 +200,7 @@ def _change(name: str, base: Weights, tuned: Weights, tokens: Tokens) -> Tensor:
 
 
 def _norm(name: str, change: Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    norm = frobenius_norm(change)
     if not math.isfinite(norm):
         raise CorruptError(name, "holds NaN or infinity in one of the models", "get that model again")
     return norm

@@ -10,16 +10,19 @@ As one file: tensors `<model>.<key>`, `embedding.<token>` and `embedding_2.<toke
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lora_pipeline.adapters.header import MAX_HEADER_BYTES, Header, read_header
-from lora_pipeline.adapters.targets import MODELS, model_of
+from lora_pipeline.adapters.targets import MODELS, TEXT_ENCODER_2, model_of
 from lora_pipeline.errors import CorruptError, MissingError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = {"embedding": "learned_embeds.safetensors", "embedding_2": "learned_embeds_2.safetensors"}
 BASE_MODEL = "base_model.model."
 CONFIG_SUFFIX = ".adapter_config"
+# SDXL's second encoder projects, and has 32 layers where the others have 12 (SD 1.x) or 23 (SD 2.x).
+_OF_SECOND = re.compile(r"(text_model\.)?(encoder\.layers\.(2[4-9]|3\d)|text_projection)\.")
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -79,7 +82,7 @@ def _model(path: Path) -> str:
     if len(models) != 1:
         problem = f"is for neither a UNet nor a CLIP text encoder ({min(keys, default='no tensor at all'):.100})"
         raise CorruptError(str(path), problem, "give an adapter of Stable Diffusion 1.x, 2.x or SDXL")
-    return models.pop()
+    return TEXT_ENCODER_2 if any(map(_OF_SECOND.match, keys)) else models.pop()
 
 
 def _check_weights(path: Path) -> None:

@@ -1,8 +1,8 @@
 """The best low-rank product for a full matrix (Eckart & Young 1936), at the cost of what is kept of it.
 
 A singular value decomposition computes everything and throws nearly all of it away. Where the rank is bounded, random
-projections find the leading directions (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4); where all singular values
-are needed, they are the eigenvalues of the Gram matrix of the short side.
+projections find the leading directions (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4); where most of them are
+needed, they are eigenvectors of the Gram matrix of the short side.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lora_pipeline.adapters.ranks import RankRule
 # With these the error is the optimum's to 4 digits, even where the singular values fall off slowly.
 _OVERSAMPLING = 32
 _POWER_ITERATIONS = 4
+_FIRST_LOOK = 64
 _COLUMNS = 4096  # of the double-precision copy that there is at a time
 
 
@@ -58,7 +59,7 @@ def low_rank(matrix: Tensor, rule: RankRule) -> LowRank:
         rule: How many singular values to keep. At least 1 is kept; a matrix of zeros gives factors of zeros.
     """
     matrix = matrix.float()
-    norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    norm = frobenius_norm(matrix)
     if norm == 0.0:
         return LowRank(matrix.new_zeros(matrix.shape[0], 1), matrix.new_zeros(1, matrix.shape[1]), 0.0, 0.0)
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -71,23 +72,34 @@ def low_rank(matrix: Tensor, rule: RankRule) -> LowRank:
 
 
 def relative_residual(matrix: Tensor, up: Tensor, down: Tensor, norm: float) -> float:
-    """||matrix - up @ down|| / norm, all float32 in, summed in double."""
-    rest = torch.addmm(matrix, up, down, alpha=-1.0)
-    return float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / norm
+    """||matrix - up @ down|| / norm, of float32 tensors."""
+    return frobenius_norm(torch.addmm(matrix, up, down, alpha=-1.0)) / norm
+
+
+def frobenius_norm(tensor: Tensor) -> float:
+    """Of a float32 tensor of any shape: rows in single precision and their sum in double, without a copy in double."""
+    rows = torch.linalg.vector_norm(tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1), dim=1)
+    return float(torch.linalg.vector_norm(rows.double()))
 
 
 def _leading(short: Tensor, rule: RankRule, norm: float) -> tuple[Tensor, Tensor]:
     """The leading left singular vectors as columns, (m, rank), and their products with the matrix, (rank, n).
+
+    Few are looked for first: where the rule is met by fewer, no more are needed.
 
     Args:
         short: (m, n) with m <= n.
         rule: See `low_rank`.
         norm: The Frobenius norm of the matrix.
     """
-    bounds = [int(rule.value)] * (rule.kind == "rank") + [rule.at_most] * (rule.at_most is not None)
-    most = min([*filter(None, bounds), short.shape[0]])
-    if 2 * (most + _OVERSAMPLING) <= short.shape[0]:
-        return _by_projection(short, rule, most, norm)
+    side = short.shape[0]
+    bound = min(int(rule.value) if rule.kind == "rank" else side, rule.at_most or side, side)
+    most = bound if rule.kind == "rank" else min(bound, _FIRST_LOOK)
+    while 2 * (most + _OVERSAMPLING) <= side:
+        basis, rows = _by_projection(short, rule, most, norm)
+        if most == bound or basis.shape[1] < most:
+            return basis, rows
+        most = min(4 * most, bound)
     return _by_gram_matrix(short, rule)
 
 

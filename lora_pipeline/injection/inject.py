@@ -1,6 +1,6 @@
 """Adapters into a live model, out of it, and folded into its weights.
 
-`prefix` is `unet` or `text_encoder`; targets are full target names (see `adapters.targets`), whether or not the live
+`prefix` is one of `targets.MODELS`; targets are full target names (see `adapters.targets`), whether or not the live
 text encoder has a `text_model` level.
 """
 
@@ -27,8 +27,8 @@ def select_targets(model: nn.Module, prefix: str, globs: Sequence[str]) -> list[
 
     Args:
         model: A UNet or a text encoder.
-        prefix: `unet` or `text_encoder`.
-        globs: Over module paths below `unet.` or `text_encoder.text_model.`; `*` crosses dots.
+        prefix: One of `targets.MODELS`.
+        globs: Over module paths below `targets.root(prefix)`; `*` crosses dots.
 
     Returns:
         Target names, in the model's order.
@@ -79,7 +79,7 @@ def inject_new(
 
 
 def inject_adapter(model: nn.Module, prefix: str, adapter: Adapter, name: str) -> None:
-    """Adds an adapter's branches for this model, frozen; its factors for the other model are passed over.
+    """Adds an adapter's branches for this model, frozen; its factors for other models are passed over.
 
     Raises:
         CorruptError: A target the model does not have, or factors of another shape. The model is unchanged then.

@@ -1,13 +1,13 @@
 """The tensors that make up a layer's change in the files of diffusers and PEFT, in all the spellings there have been.
 
-`X` is a module path below the model::
+X and Y are module paths below the model; the newest comes last::
 
-    X.lora_A.weight                 X.lora_B.weight                 PEFT's, since 2023; also with `.default`
-    X.lora.down.weight              X.lora.up.weight                diffusers 0.18 to 0.21
-    X.lora_linear_layer.down.weight X.lora_linear_layer.up.weight   the same, in text encoders
-    Y.processor.to_q_lora.down.weight  ...up.weight                 diffusers 0.12 to 0.17: X is Y.to_q
+    Y.processor.to_q_lora.down.weight, ...up.weight                     X is Y.to_q, for to_out_lora Y.to_out.0
+    X.lora.down.weight, X.lora.up.weight                                in UNets
+    X.lora_linear_layer.down.weight, X.lora_linear_layer.up.weight      in text encoders
+    X.lora_A.weight, X.lora_B.weight                                    PEFT's; live ones have `.default` inside
 
-and beside them `X.lora_magnitude_vector` (DoRA's, (out,), or (1, out, 1, 1) of a convolution) and `X.alpha`.
+and beside them `X.lora_magnitude_vector` (DoRA's norms, (out,), or (1, out, 1, 1) of a convolution) and `X.alpha`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ _OF_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out
 
 def part_of(key: str) -> tuple[str, str] | None:
     """The module path and the kind of part (`DOWN`, `UP`, `MAGNITUDE` or alpha) of a key, or None: it is none."""
-    for ending, kind in _ENDINGS.items():
-        if key.endswith(ending) and len(key) > len(ending):
-            return key.removesuffix(ending), kind
-    if not key.endswith(_ALPHA) or key == _ALPHA:
-        return None
     owner = key.removesuffix(_ALPHA)
-    half = part_of(owner)
-    if half is not None:
-        return half[0], _ALPHA
-    return next((owner.removesuffix(old) for old in _OLD if owner.endswith(old)), owner), _ALPHA
+    if owner == key:
+        return _ending(key)
+    path = (_ending(owner) or (owner, ""))[0]  # some wrote it behind the whole name of a half
+    path = next((path.removesuffix(old) for old in _OLD if path.endswith(old)), path)
+    return (path, _ALPHA) if path else None
+
+
+def _ending(key: str) -> tuple[str, str] | None:
+    found = ((key.removesuffix(ending), kind) for ending, kind in _ENDINGS.items() if key.endswith(ending))
+    return next((part for part in found if part[0]), None)
 
 
 @dataclass
@@ -160,10 +161,11 @@ def named_parts(adapter: Adapter, spelled: Callable[[str], str]) -> dict[str, Te
     """
     tensors = {}
     for targets in by_model(adapter).values():
+        dora = is_dora(adapter, targets)
         for target in targets:
             start, factors = spelled(target), adapter.factors[target]
             tensors[start + DOWN], tensors[start + UP] = factors.down, factors.up
-            if is_dora(adapter, targets):
+            if dora:
                 # PEFT saves it without `.weight` and reads both; transformers 5 reads only this
                 tensors[f"{start}{MAGNITUDE}.weight"] = _magnitude(target, adapter)
     return tensors
@@ -198,7 +200,7 @@ def by_path(adapter: Adapter, targets: list[str]) -> dict[str, LoraFactors]:
 
 def _magnitude(target: str, adapter: Adapter) -> Tensor:
     norms, up = adapter.magnitudes[target], adapter.factors[target].up
-    if norms.shape[0] != up.shape[0] or norms.numel() != up.shape[0]:
+    if norms.shape[:1] != up.shape[:1] or norms.numel() != up.shape[0]:
         problem = f"has a magnitude of shape {tuple(norms.shape)}; PEFT has norms of rows, ({up.shape[0]}, 1), only"
         raise CorruptError(target, problem, "make a plain adapter of it: lora-pipe convert IN OUT --base BASE")
     return norms.reshape(-1) if up.ndim == 2 else norms.reshape(1, -1, 1, 1)

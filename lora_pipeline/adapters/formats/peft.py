@@ -52,7 +52,8 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter
     for name, tensor in tensors.items():
         model, _, key = name.partition(".")
         if model in EMBEDDINGS:
-            (embeddings if name.startswith(_EMBEDDING) else embeddings_2)[key] = tensor
+            rows = tensor[None] if tensor.ndim == 1 else tensor  # diffusers saves a single vector as (dim,)
+            (embeddings if name.startswith(_EMBEDDING) else embeddings_2)[key] = rows
         elif model not in MODELS or model + CONFIG_SUFFIX not in metadata:
             raise CorruptError(name, f"cannot be understood without {CONFIG}", "give the folder that holds them both")
         elif ".lora_embedding_" in key:
@@ -160,11 +161,10 @@ def _spelled(target: str) -> str:
 
 def _refuse_others(folder: Path) -> None:
     """Only a folder of ours, or an empty one, is written over: nobody's other files go with it."""
-    if not folder.exists():
-        return
-    names = {CONFIG, WEIGHTS, "README.md", *MODELS, *EMBEDDINGS.values()}
-    if not folder.is_dir() or any(path.name not in names for path in folder.iterdir()):
-        raise CorruptError(str(folder), "is there already and is no PEFT folder", "give another name")
+    names = {CONFIG, WEIGHTS, *EMBEDDINGS.values()}
+    files = [path for path in folder.rglob("*") if not path.is_dir()] if folder.is_dir() else [folder]
+    if folder.exists() and any(path.name not in names for path in files):
+        raise CorruptError(str(folder), "is there already and holds more than an adapter", "give another name")
 
 
 def _with_kept(provenance: dict[str, Json], documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Json]:

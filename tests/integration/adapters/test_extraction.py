@@ -141,8 +141,11 @@ def test_a_concept_is_cut_as_params_say(choice: str, base: Path, adapter: Adapte
         (["MODEL", "--base", "BASE", "--rank", "1", "--targets", "*.to_x"], UsageError, "*.to_x"),
         (["MODEL", "--base", "BASE", "--rank", "1"], CorruptError, "the tuned model"),
         (["ADAPTER"], UsageError, "extract"),
+        (["ADAPTER", "--rank", "1", "--report", "out.png"], UsageError, "--report out.png"),
         (["MODEL", "--rank", "4"], UsageError, "BASE"),
-        (["ADAPTER", "--rank", "1", "--targets", "*"], UsageError, "--base"),
+        (["ADAPTER", "--rank", "1", "--targets", "*"], UsageError, "ADAPTER"),
+        (["ADAPTER", "--base", "BASE", "--rank", "1", "--clamp-quantile", "0.99"], UsageError, "ADAPTER"),
+        (["ADAPTER", "--base", "BASE", "--rank", "1"], CorruptError, "ADAPTER"),  # says it is another base's
         (["ADAPTER", "--alpha", "0"], UsageError, "--alpha"),
         (["--rank", "4"], UsageError, "extract"),
         (["--concept", "zorp", "--tuned", "t", "--base", "BASE", "--rank", "4"], UsageError, "extract"),
@@ -151,7 +154,10 @@ def test_a_concept_is_cut_as_params_say(choice: str, base: Path, adapter: Adapte
 def test_what_cannot_be_is_refused_and_the_old_file_stays(
     options: list[str], kind: type[PipelineError], where: str, base: Path
 ) -> None:
-    save_adapter(Adapter({"unet.a": LoraFactors(torch.ones(2, 3), torch.ones(4, 2), 1.0)}), Path("adapter.safetensors"))
+    save_adapter(
+        Adapter({"unet.a": LoraFactors(torch.ones(2, 3), torch.ones(4, 2), 1.0)}, {}, {"base": "b"}),
+        Path("adapter.safetensors"),
+    )
     paths = {"MODEL": str(base), "BASE": str(base), "ADAPTER": "adapter.safetensors"}
     Path("out.safetensors").write_text("the old one")
     with pytest.raises(kind) as caught:

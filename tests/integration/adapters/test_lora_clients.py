@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.formats import load, save
+from lora_pipeline.adapters.composition import compose
+from lora_pipeline.adapters.formats import diffusers, load, save
 from lora_pipeline.injection.inject import collapse, inject_adapter, set_weights
 
 Load = Callable[..., Any]
@@ -82,6 +83,21 @@ def test_diffusers_loads_our_file_and_says_the_same(
     said = predictions(models_of(theirs))
     assert_same(said, ours(pipeline(), adapter, weight))
     assert_changes_everything(said, predictions(models_of(pipeline())))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_a_blend_in_one_file_is_what_diffusers_makes_of_its_parts(
+    tmp_path: Path, pipeline: Load, make_adapter: Make
+) -> None:
+    parts = [("a", make_adapter(1), 0.7), ("b", make_adapter(2), -0.4)]
+    one, two = pipeline(), pipeline()
+    for name, adapter, _ in parts:
+        save(adapter, tmp_path / name / FILE, "diffusers")
+        two.load_lora_weights(tmp_path / name, adapter_name=name)
+    two.set_adapters(["a", "b"], [0.7, -0.4])
+    save(compose(parts), tmp_path / FILE, "diffusers")
+    one.load_lora_weights(tmp_path)
+    assert_same(predictions(models_of(one)), predictions(models_of(two)))
 
 
 def by_from_pretrained(model: Any, folder: Path) -> Any:
@@ -266,6 +282,8 @@ ERAS = {
 
 @pytest.mark.parametrize("era", ERAS)
 def test_files_of_every_era_mean_to_us_what_they_mean_to_diffusers(tmp_path: Path, pipeline: Load, era: str) -> None:
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
     source = torch.Generator().manual_seed(4)
     tensors, wanted = {}, {}
     for target, inputs, outputs, key in ERAS[era]:
@@ -283,3 +301,15 @@ def test_files_of_every_era_mean_to_us_what_they_mean_to_diffusers(tmp_path: Pat
     theirs = pipeline()
     theirs.load_lora_weights(tmp_path)
     assert_same(ours(pipeline(), adapter), predictions(models_of(theirs)))
+    newest = {name for name in diffusers.render(adapter)[0] if name.startswith("unet.")}
+    assert newest == set(convert_unet_state_dict_to_peft({key: 0 for key in tensors if key.startswith("unet.")}))
+
+
+def test_diffusers_loads_the_token_of_our_folder(tmp_path: Path, pipeline: Load, make_adapter: Make) -> None:
+    adapter = make_adapter(1, {"<zorp>": 2})
+    save(adapter, tmp_path / "x", "peft")
+    theirs = pipeline()
+    theirs.load_textual_inversion(tmp_path / "x" / "learned_embeds.safetensors")
+    ids = theirs.tokenizer("<zorp> <zorp>_1", add_special_tokens=False).input_ids
+    rows = theirs.text_encoder.get_input_embeddings()(torch.tensor(ids))
+    torch.testing.assert_close(rows, adapter.embeddings["<zorp>"])

@@ -176,6 +176,10 @@ def test_metadata_that_is_no_object_is_refused(key: str, text: str) -> None:
     assert refused(file_of(f"{TO_Q}.lora_A.weight"), {key: text}).where == key
 
 
+def test_a_name_of_a_thousand_alphas_is_a_name() -> None:
+    assert refused({"unet.x" + ".alpha" * 5_000: torch.ones(())}).where.startswith("unet.x.alpha.alpha")
+
+
 def test_many_patterns_and_long_names_take_no_time() -> None:
     config = {"unet.alpha_pattern": {f"{'a.' * 50}{number}": number for number in range(20_000)}}
     tensors = {f"{TO_Q}{number}.lora_{half}.weight": torch.ones(1, 1) for number in range(2_000) for half in "AB"}
@@ -221,6 +225,7 @@ FACTORS = LoraFactors(DOWN, UP, 0.3)
     [
         Adapter({TO_Q: FACTORS, TO_OUT: FACTORS}, magnitudes={TO_Q: torch.ones(4, 1)}),
         Adapter({TO_Q: FACTORS}, magnitudes={TO_Q: torch.ones(1, 3)}),
+        Adapter({TO_Q: FACTORS}, magnitudes={TO_Q: torch.ones(())}),
         Adapter({TO_Q: FACTORS}, foreign={"lora_unet_x.diff": DOWN}),
         Adapter({TO_Q: FACTORS}, foreign={f"{TO_OUT}.lora_A.weight": DOWN}),
     ],

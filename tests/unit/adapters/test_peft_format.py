@@ -52,6 +52,8 @@ def layout(folder: Path) -> set[str]:
         ("conv_in", "unet.conv_in"),
         (TEXT_PATH, f"text_encoder.text_model.{TEXT_PATH}"),
         (f"text_model.{TEXT_PATH}", f"text_encoder.text_model.{TEXT_PATH}"),
+        ("text_model.encoder.layers.31.mlp.fc1", "text_encoder_2.text_model.encoder.layers.31.mlp.fc1"),
+        ("text_projection", "text_encoder_2.text_model.text_projection"),
     ],
 )
 def test_the_keys_tell_which_model_a_folder_is_for(tmp_path: Path, path: str, target: str) -> None:
@@ -92,6 +94,11 @@ def test_tokens_of_both_of_sdxls_encoders_come_back(tmp_path: Path) -> None:
     assert again.embeddings["<a/b>"].shape == (1, 2)
     assert again.embeddings_2["<a/b>"].shape == (1, 3)
     assert again.provenance == {"base": "b"}
+
+
+def test_a_folder_of_textual_inversion_is_read_too(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "learned_embeds.safetensors", {"<a>": torch.ones(3)}, {})
+    assert load_adapter(tmp_path).embeddings["<a>"].shape == (1, 3)
 
 
 def test_what_the_configuration_says_of_its_base_is_kept(tmp_path: Path) -> None:
@@ -185,12 +192,12 @@ def test_a_folder_replaces_an_older_one_whole(tmp_path: Path, make_adapter: Make
 
 def test_nothing_of_others_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    (tmp_path / "folder" / "unet").mkdir(parents=True)
+    (tmp_path / "folder" / "unet" / "thesis.tex").write_text("mine")
     for name in ("file", "folder"):
         with pytest.raises(CorruptError, match="already"):
             save(Adapter({TO_Q: FACTORS}), tmp_path / name, "peft")
-    assert layout(tmp_path) == {"file", "folder/thesis.tex"}
+    assert layout(tmp_path) == {"file", "folder/unet/thesis.tex"}
 
 
 @pytest.mark.parametrize("step", ["write", "rename"])

@@ -1,7 +1,9 @@
-"""What every writer is for: any adapter it takes comes back the same, to the last bit and alpha."""
+"""Any adapter a writer takes comes back the same, to the last bit; all else is refused, and never crashes."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tempfile
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.formats import load, save
+from lora_pipeline.adapters.formats import READERS, WRITERS, load, save
 from lora_pipeline.adapters.lora import LoraFactors
+from lora_pipeline.errors import CorruptError
 
 UNET = ["conv_in", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1"]
 UNET += ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0", "add_embedding.linear_1"]
@@ -75,3 +78,48 @@ def test_an_adapter_comes_back_as_it_was(form: str, adapter: Adapter) -> None:
         assert getattr(again, kind).keys() == getattr(adapter, kind).keys()
         assert all(same(tensor, getattr(again, kind)[name]) for name, tensor in getattr(adapter, kind).items())
     assert again.provenance == adapter.provenance
+
+
+WORDS = [
+    "unet", "text_encoder", "base_model.model", "conv_in", "to_q", "to_out", "processor", "lora_A", "lora_B", "lora",
+    "down", "up", "weight", "alpha", "default", "lora_magnitude_vector", "embedding", "embedding_2",
+    "lora_pipeline.embedding", "lora_A.weight", "lora_B.weight",
+]  # fmt: skip
+KEYS = st.lists(st.sampled_from(["", *WORDS]), max_size=5).map(".".join)
+TENSORS = st.builds(
+    lambda shape, dtype: torch.ones(shape).to(dtype),
+    st.lists(st.integers(0, 2), max_size=4),
+    st.sampled_from([*DTYPES, torch.float8_e4m3fn, torch.int64, torch.bool]),
+)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["LORA", "none", "to_q", "pissa", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["to_q", "^unet", "|", "x"]), inner, max_size=2)
+    ),
+)
+FIELDS = [
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "bias", "peft_type",
+    "modules_to_save", "init_lora_weights", "base_model_name_or_path", "source_metadata",
+]  # fmt: skip
+CONFIGS = st.dictionaries(st.sampled_from([*FIELDS, *(f"unet.{field}" for field in FIELDS)]), JSON).map(json.dumps)
+METADATA = st.dictionaries(
+    st.sampled_from(
+        ["lora_adapter_metadata", "lora_pipeline", "unet.adapter_config", "text_encoder.adapter_config", "x"]
+    ),
+    CONFIGS | st.text(),
+)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+@settings(max_examples=100)
+@given(tensors=st.dictionaries(KEYS, TENSORS, max_size=6), metadata=METADATA)
+def test_anything_at_all_is_read_or_refused(form: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    adapter = Adapter({})
+    with contextlib.suppress(CorruptError):
+        adapter = READERS[form](tensors, metadata)
+        WRITERS[form](adapter)
+    assert len(adapter.factors) + len(adapter.foreign) <= len(tensors)
