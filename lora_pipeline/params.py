@@ -136,9 +136,17 @@ class ConceptParams(Section):
 
 
 class BlendParams(Section):
-    """Adapters that become one."""
+    """Adapters that become one, see adapters/recipes.py."""
 
     weights: Annotated[dict[Name, Float], Field(min_length=1)]
+    text_encoder_weights: dict[Name, Float]
+    block_weights: dict[Name, dict[Text, Float] | list[Float]]
+    method: Literal["sum", "interpolate", "ties", "dare", "magnitude"]
+    path: list[Name] | None
+    at: Annotated[Float, Field(ge=0, le=1)] | None
+    density: Annotated[Float, Field(gt=0, le=1)] | None
+    rank: RankChoice | None
+    rename_tokens: bool
 
 
 class MergeParams(Section):
@@ -187,6 +195,12 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _blends_can_be_made(self) -> Params:
+        for name, blend in self.blends.items():
+            _makeable(f"params.yaml: blends.{name}", blend)
+        return self
+
+    @model_validator(mode="after")
     def _names_exist(self) -> Params:
         for section, recipes in (("blends", self.blends), ("merges", self.merges)):
             for name, recipe in recipes.items():
@@ -214,6 +228,25 @@ def _learnable(where: str, concept: ConceptParams) -> None:
         if train.prior_weight > 0 and concept.priors.count == 0:
             problem = f"is {train.prior_weight:g}, and priors.count is 0"
             raise ParamsError(f"{where}.train.prior_weight", problem, "write 0, or set priors.count above 0")
+
+
+# What else a blend's method needs; the others have no use for it.
+_NEEDED = {"interpolate": {"path", "at"}, "ties": {"density"}, "dare": {"density"}, "magnitude": {"density"}}
+_EXAMPLES = {"path": "the adapters' names in their order", "at": "0.5 for the middle", "density": "0.2 for a fifth"}
+
+
+def _makeable(where: str, blend: BlendParams) -> None:
+    for key, example in _EXAMPLES.items():
+        needed, given = key in _NEEDED.get(blend.method, ()), getattr(blend, key) is not None
+        if needed and not given:
+            raise ParamsError(f"{where}.{key}", f"is null, and method {blend.method} needs it", f"write {example}")
+        if given and not needed:
+            raise ParamsError(f"{where}.{key}", f"means nothing to method {blend.method}", "write null")
+    for key in ("text_encoder_weights", "block_weights"):
+        _known(f"{where.removeprefix('params.yaml: ')}.{key}", getattr(blend, key), blend.weights)
+    if blend.path is not None and sorted(blend.path) != sorted(blend.weights):
+        names = ", ".join(blend.weights)
+        raise ParamsError(f"{where}.path", f"is not an order of {names}", "name each of them once")
 
 
 def _known(where: str, names: Any, known: Any) -> None:

@@ -27,7 +27,8 @@ def check(
     for name, concept in params.concepts.items():
         typer.echo(f"concept {name}: {concept.kind}, {concept.train.method}, from {concept.images}")
     for name, blend in params.blends.items():
-        typer.echo(f"blend {name}: {', '.join(f'{part}={weight:g}' for part, weight in blend.weights.items())}")
+        weights = ", ".join(f"{part}={weight:g}" for part, weight in blend.weights.items())
+        typer.echo(f"blend {name}: {blend.method} of {weights}")
     for name, render in params.renders.items():
         pictures = (len(render.prompts) + len(render.class_prompts)) * len(render.seeds)
         typer.echo(f"render set {name}: {pictures} pictures from {render.source}")

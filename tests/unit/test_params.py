@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,16 @@ def write(tmp_path: Path) -> Write:
 def edited(old: str, new: str) -> str:
     assert old in SHIPPED
     return SHIPPED.replace(old, new, 1)
+
+
+def with_blend(edits: dict[str, str]) -> str:
+    """The shipped file with other values in its blend."""
+    start = SHIPPED.index("blends:")
+    before, blend = SHIPPED[:start], SHIPPED[start:]
+    for key, value in edits.items():
+        blend, count = re.subn(rf"^    {key}: (\{{\}}|\S+)", f"    {key}: {value}", blend, count=1, flags=re.MULTILINE)
+        assert count == 1
+    return before + blend
 
 
 def refusal(path: Path) -> ParamsError:
@@ -77,6 +88,11 @@ def test_params_cannot_be_changed(write: Write) -> None:
         ("rank: null  ", "rank: {enrgy: 0.9}  ", "concepts.zorp.extract.rank", "one of energy, error"),
         ("base: models/base", "base: ../base", "base", "inside the project"),
         ("zorp-sticker:\n    weights", "v1.5:\n    weights", "blends.v1.5", "a name is letters"),
+        ("method: sum ", "method: mean ", "blends.zorp-sticker.method", "found 'mean'"),
+        ("density: null", "density: 1.5", "blends.zorp-sticker.density", "1, found 1.5"),
+        ("rank: null              # as", "rank: 0  # as", "blends.zorp-sticker.rank", "1, found 0"),
+        ("rank: null              # as", "rank: {error: 2}  # as", "blends.zorp-sticker.rank", "below 1"),
+        ("block_weights: {} ", "block_weights: {zorp: {IN04: no}} ", "block_weights.zorp.IN04", "found 'no'"),
     ],
 )
 def test_a_value_that_cannot_be_is_told_by_its_key(write: Write, old: str, new: str, key: str, said: str) -> None:
@@ -115,6 +131,39 @@ def test_an_unknown_concept_names_the_nearest_known_one(write: Write) -> None:
 def test_a_method_needs_what_it_learns(write: Write, old: str, new: str, key: str) -> None:
     error = refusal(write(edited(old, new)))
     assert error.where == f"params.yaml: {key}"
+
+
+@pytest.mark.parametrize(
+    ("edits", "key"),
+    [
+        ({"method": "interpolate", "at": "0.5"}, "path"),
+        ({"method": "interpolate", "path": "[sticker, zorp]"}, "at"),
+        ({"method": "interpolate", "path": "[zorp]", "at": "0.5"}, "path"),
+        ({"method": "interpolate", "path": "[zorp, zorp]", "at": "0.5"}, "path"),
+        ({"method": "interpolate", "path": "[zorp, sticker]", "at": "0.5", "density": "0.5"}, "density"),
+        ({"method": "ties"}, "density"),
+        ({"method": "dare", "density": "0.5", "path": "[zorp, sticker]"}, "path"),
+        ({"at": "0.5"}, "at"),
+        ({"text_encoder_weights": "{mimo: 1}"}, "text_encoder_weights"),
+        ({"block_weights": "{mimo: {M00: 1}}"}, "block_weights"),
+    ],
+)
+def test_a_blend_has_what_its_method_needs_and_nothing_else(write: Write, edits: dict[str, str], key: str) -> None:
+    assert refusal(write(with_blend(edits))).where == f"params.yaml: blends.zorp-sticker.{key}"
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"method": "interpolate", "path": "[sticker, zorp]", "at": "0"},
+        {"method": "ties", "density": "0.2", "rank": "8"},
+        {"method": "dare", "density": "1", "rank": "{energy: 0.9, max_rank: 8}"},
+        {"text_encoder_weights": "{zorp: -1}", "block_weights": "{zorp: [1, 0.5], sticker: {M00: 0, '*attn2*': -1}}"},
+    ],
+)
+def test_a_blend_may_be_of_any_method(write: Write, edits: dict[str, str]) -> None:
+    blend = load_params(write(with_blend(edits))).blends["zorp-sticker"]
+    assert blend.method == edits.get("method", "sum")
 
 
 def test_a_wrong_choice_names_the_nearest(write: Write) -> None:

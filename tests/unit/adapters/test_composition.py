@@ -97,6 +97,7 @@ def test_provenance_names_parents_and_weights(make_adapter: Make) -> None:
     assert composed.provenance == {
         "kind": "blend",
         "base": "b",
+        "recipe": {"method": "sum"},
         "parents": [
             {"name": "first", "sha256": digest(first), "weight": 0.9},
             {"name": "second", "sha256": digest(second), "weight": 0.8},
