@@ -10,20 +10,26 @@ from lora_pipeline.errors import CorruptError, MissingError
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER_WEIGHTS = "text_encoder/model.safetensors"
+VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER_2_WEIGHTS = "text_encoder_2/model.safetensors"
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def base_fingerprint(base: Path) -> str:
-    """Sha-256 over the UNet's and text encoder's weight files and the tokenizer's vocabulary.
+    """Sha-256 over the UNet's and text encoders' weight files and the tokenizer's vocabulary.
 
     Args:
-        base: A diffusers folder.
+        base: A diffusers folder, or a single file, whose fingerprint is its sha-256.
 
     Raises:
         MissingError: A weight file is missing.
     """
+    if base.is_file():
+        with base.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     files = [*weight_files(base, UNET_WEIGHTS), *weight_files(base, TEXT_ENCODER_WEIGHTS)]
+    if (base / TEXT_ENCODER_2_WEIGHTS).parent.is_dir():
+        files += weight_files(base, TEXT_ENCODER_2_WEIGHTS)
     files += [path for name in _TOKENIZER if (path := base / "tokenizer" / name).is_file()]
     total = hashlib.sha256()
     for path in files:
