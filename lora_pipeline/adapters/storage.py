@@ -26,7 +26,7 @@ DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_AT_ONCE = 8 * 1024 * 1024
+_AT_ONCE = 1024 * 1024
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -73,8 +73,9 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-def piece_bytes(pieces: Pieces) -> Iterator[bytes]:
-    """The bytes of tensors and spans one after the other, never more at once than a tensor or 8 MiB."""
+def piece_bytes(pieces: Pieces) -> Iterator[bytes | memoryview]:
+    """The bytes of tensors and spans one after the other; each is valid until the next is asked for."""
+    buffer = memoryview(bytearray(_AT_ONCE))
     for piece in pieces:
         if isinstance(piece, Tensor):
             yield tensor_bytes(piece)
@@ -82,9 +83,9 @@ def piece_bytes(pieces: Pieces) -> Iterator[bytes]:
         with piece.path.open("rb", buffering=0) as file:
             file.seek(piece.start)
             left = piece.stop - piece.start
-            while left and (data := file.read(min(left, _AT_ONCE))):
-                left -= len(data)
-                yield data
+            while left and (size := file.readinto(buffer[: min(left, _AT_ONCE)])):
+                left -= size
+                yield buffer[:size]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
