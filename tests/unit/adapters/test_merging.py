@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from lora_pipeline.adapters import merging
 from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.checkpoints import slots
 from lora_pipeline.adapters.composition import compose
 from lora_pipeline.adapters.fingerprint import base_fingerprint
 from lora_pipeline.adapters.header import TensorEntry
@@ -235,6 +235,6 @@ def test_one_tensor_is_in_memory_at_a_time(
         seen.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(merging, "read_tensor", read)
-    merge(make_base(), [("a", make_adapter(1), 1.0)], tmp_path / "out", None)
-    assert len(seen) == 6
+    monkeypatch.setattr(slots, "read_tensor", read)
+    merge(make_base(), [("a", make_adapter(1), 1.0)], tmp_path / "out", "float32")
+    assert len(seen) == 5  # all but position_ids, which keep their dtype
