@@ -38,8 +38,6 @@ def merge(  # noqa: PLR0913 - the options of a command
 
         lora-pipe merge --name zorp --adapters models/adapters --base models/base --out models/merged/zorp
 
-        lora-pipe merge zorp.safetensors=0.8 --base models/base --out zorp-base
-
         lora-pipe merge zorp.safetensors sticker.safetensors=0.5 --base v1-5.safetensors --out both.ckpt
 
         lora-pipe merge --undo both.ckpt --base v1-5.safetensors --out v1-5-again.safetensors
