@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -41,7 +42,7 @@ class Peer:
 
     def delta(self) -> Tensor:
         """What the third adapter changes."""
-        layer = self.model.base_model.model[0]
+        layer: Any = self.model.get_submodule("base_model.model.0")
         delta: Tensor = layer.get_delta_weight("both").detach()
         return delta
 
@@ -84,7 +85,7 @@ def _peer() -> Peer:
     }
     model = get_peft_model(nn.Sequential(nn.Linear(WIDTH, WIDTH)), configs["first"], "first")
     model.add_adapter("second", configs["second"])
-    layer = model.base_model.model[0]
+    layer: Any = model.get_submodule("base_model.model.0")
     parts = [
         (LoraFactors(layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), ALPHAS[name]), weight)
         for name, weight in WEIGHTS.items()

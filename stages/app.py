@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from lora_pipeline.errors import PipelineError, ResourceError, Stopped, UsageError
+from lora_pipeline.errors import PipelineError, ResourceError, Stopped, UsageError, printable
 
 # Verb: what `lora-pipe --help` says of it. The verb's module is stages/<verb>.py and its function has its name.
 VERBS = {
@@ -129,7 +129,7 @@ def told(error: BaseException) -> int:
             f"error: lora-pipe: a bug of ours: {type(error).__name__}: {error}\nfix: report it with {logged(error)}\n"
         )
     else:
-        words = f"error: {known.where}: {known.problem}\nfix: {known.fix}\n"
+        words = f"error: {printable(str(known))}\nfix: {printable(known.fix)}\n"
     sys.stderr.write(words)
     return known.exit_code if known else 1
 

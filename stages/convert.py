@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 def convert(  # noqa: PLR0913 - the options of a command
     source: Annotated[Path, typer.Argument(metavar="IN", help="An adapter of any known format.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="What to write.")],
-    to: Annotated[str, typer.Option(help="The format: native, diffusers, peft, kohya, cloneofsimo, ...")],
+    to: Annotated[str, typer.Option(help="The format: native, diffusers, peft, kohya, cloneofsimo, ...")] = "native",
     base: Annotated[Path | None, typer.Option(help="The base a DoRA was made for, to make it plain with.")] = None,
     rank: Annotated[int | None, typer.Option(help="Keep this rank in every layer.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of each layer's energy, as 0.95.")] = None,
     error: Annotated[float | None, typer.Option(help="Lose no more than this of each layer, as 0.1.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; default as it is.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Open .pt, .bin and .ckpt files too, by torch's weights-only reader.")
+    ] = False,
 ) -> None:
     """Write an adapter in another format: the same numbers, alphas and tokens, unless a rank or a dtype is asked for.
 
@@ -39,16 +42,19 @@ def convert(  # noqa: PLR0913 - the options of a command
     """
     from lora_pipeline.adapters import formats, load_adapter
     from lora_pipeline.adapters.conversion import convert as converted
+    from lora_pipeline.adapters.peft_folder import is_peft_folder
 
     if to not in formats.WRITERS:
         raise UsageError("--to", f"{to!r} is no format that is written", f"use one of {', '.join(formats.WRITERS)}")
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(str(out), "is what is read", "give another name to write to")
+    if out.is_dir() and not is_peft_folder(out):
+        raise UsageError(str(out), "is a folder that holds something else", f"write to {out / source.name}")
     rule = rule_of({"rank": rank, "energy": energy, "error": error}, None)
     settings = {"dtype": dtype, "rank": rank, "energy": energy, "error": error, "to": to}
     inputs = [source, base] if base else [source]
     with stage("convert", out.name, out=out, inputs=inputs, section=lambda: settings) as run:
-        adapter = load_adapter(source)
+        adapter = load_adapter(source, allow_pickle=allow_pickle)
         weights = _weights(source, adapter, base) if base else None
         conversion = converted(str(source), adapter, base=weights, rule=rule, dtype=dtype)
         formats.save(conversion.adapter, run.building, to)
@@ -66,14 +72,19 @@ def _weights(source: Path, adapter: Adapter, base: Path) -> Weights:
 
 def _written(source: Path, out: Path, to: str, adapter: Adapter) -> str:
     from lora_pipeline.adapters.description import describe
+    from lora_pipeline.adapters.header import is_pickle
 
+    form = "pickle" if is_pickle(source) else describe(source).format
     tokens = sorted({*adapter.embeddings, *adapter.embeddings_2})
-    facts = [f"{len(adapter.factors)} layers", f"tokens {', '.join(tokens)}" if tokens else "no tokens"]
+    facts = [
+        f"{len(adapter.factors)} layer{'' if len(adapter.factors) == 1 else 's'}",
+        f"tokens {', '.join(tokens)}" if tokens else "no tokens",
+    ]
     if adapter.magnitudes:
         facts.append(f"{len(adapter.magnitudes)} of them DoRA")
     if adapter.foreign:
         facts.append(f"{len(adapter.foreign)} foreign tensors carried along")
-    return f"{source} ({describe(source).format}) → {out} ({to}): {', '.join(facts)}"
+    return f"{source} ({form}) → {out} ({to}): {', '.join(facts)}"
 
 
 def _approximated(conversion: Extraction) -> list[str]:

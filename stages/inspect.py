@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_pipeline.adapters.description import BASES, Description, describe
-from lora_pipeline.errors import CorruptError
+from lora_pipeline.errors import CorruptError, printable
 
 if TYPE_CHECKING:
     from lora_pipeline.adapters.anatomy import Anatomy
@@ -53,7 +53,7 @@ def _json(description: Description, anatomy: Anatomy | None) -> str:
     document = dataclasses.asdict(description)
     if anatomy is not None:
         document["deep"] = dataclasses.asdict(anatomy)
-    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
+    return json.dumps(document, indent=2, sort_keys=True)
 
 
 def _lines(description: Description, anatomy: Anatomy | None) -> list[str]:
@@ -67,8 +67,8 @@ def _lines(description: Description, anatomy: Anatomy | None) -> list[str]:
         **description.source,
     }
     width = max(len(name) for name in fields) + 2
-    lines = [f"{name:<{width}}{_printable(value)}" for name, value in fields.items()]
-    lines += [f"{'sha256':<{width}}{digest} {_printable(name)}" for name, digest in description.sha256.items()]
+    lines = [f"{name:<{width}}{printable(value)}" for name, value in fields.items()]
+    lines += [f"{'sha256':<{width}}{digest} {printable(name)}" for name, digest in description.sha256.items()]
     if description.provenance:
         lines += ["provenance", json.dumps(description.provenance, indent=2, sort_keys=True)]
     return lines + (_told(anatomy) if anatomy is not None else [])
@@ -100,8 +100,3 @@ def _layers(counts: Mapping[Any, int]) -> str:
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
-
-
-def _printable(text: str) -> str:
-    """Whatever a file says, without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)

@@ -152,7 +152,7 @@ def _shared_names(base: Weights, tuned: Weights) -> list[str]:
 
 
 def _floating(weights: Weights) -> Iterable[str]:
-    return (name for name, (_, entry) in weights.places.items() if entry.dtype.startswith(("F", "BF")))
+    return (name for name, place in weights.places.items() if place.entry.dtype.startswith(("F", "BF")))
 
 
 def _wanted(names: Sequence[str], base: Weights, globs: Sequence[str]) -> set[str]:

@@ -12,7 +12,7 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lora_pipeline.errors import CorruptError, MissingError
 
@@ -24,7 +24,7 @@ BYTES_PER_ELEMENT = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 _ZIP = b"PK\x03\x04"
-_TELLING = 8 + 512  # enough of a zip archive to read its first file's name
+_ZIP_NAME = 512  # enough of a zip archive to read its first file's name
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _METADATA = "__metadata__"
 _FIX = "get the file again, or make it again"
@@ -57,10 +57,9 @@ def read_header(path: Path) -> Header:
     """
     size = regular_file_size(path)
     with path.open("rb") as file:
-        start = file.read(_TELLING)
-        _refuse_other_kinds(path, start)
-        length = struct.unpack("<Q", start[:8])[0]
-        file.seek(8)
+        beginning = file.read(8)
+        _refuse_other_kinds(path, beginning, file)
+        length = struct.unpack("<Q", beginning)[0]
         if length > MAX_HEADER_BYTES:
             raise CorruptError(str(path), f"is no safetensors file: a header of {length} bytes is announced", _FIX)
         if 8 + length > size:
@@ -90,37 +89,39 @@ def regular_file_size(path: Path) -> int:
     return status.st_size
 
 
-def is_pickle(path: Path) -> bool:
-    """Whether a file begins as torch's pickles do: as a bare pickle, or as an archive with one."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return _is_pickle(file.read(_TELLING))
-
-
-def _is_pickle(start: bytes) -> bool:
-    a_length = start[3:8] == bytes(5)  # a header of 640, 896, 1152 or 1408 bytes begins like a pickle
-    return (start.startswith(_PICKLES) and not a_length) or (start.startswith(_ZIP) and _holds_pickle(start[8:]))
-
-
-def _refuse_other_kinds(path: Path, start: bytes) -> None:
+def _refuse_other_kinds(path: Path, beginning: bytes, file: BinaryIO) -> None:
     """Says what it is where it is something people mistake for a safetensors file."""
-    if not start:
+    if not beginning:
         raise CorruptError(str(path), "is empty", _FIX)
-    if _is_pickle(start):
+    if _begins_pickle(beginning, file):
         problem = "is a pickle (.pt, .bin, .ckpt), which can run code when it is read"
         fix = "get the safetensors version of it, or trust it: lora-pipe convert IN OUT --allow-pickle"
         raise CorruptError(str(path), problem, fix)
-    if start.startswith(_ZIP):
+    if beginning.startswith(_ZIP):
         raise CorruptError(str(path), "is a zip archive", "unpack it, and give the safetensors file inside")
-    if start.startswith(b"version "):
+    if beginning.startswith(b"version "):
         problem = "is a git-lfs pointer: the place of a file, not the file"
         raise CorruptError(str(path), problem, "fetch the file itself: git lfs pull")
-    if start.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml", b"<head")):
+    if beginning.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml", b"<head")):
         problem = "is a web page: a site answered with words instead of the file"
         raise CorruptError(str(path), problem, "download it again, logged in if the site asks for it")
-    if len(start) < 8:
-        raise CorruptError(str(path), f"is truncated: {len(start)} bytes", _FIX)
+    if len(beginning) < 8:
+        raise CorruptError(str(path), f"is truncated: {len(beginning)} bytes", _FIX)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as a pickle, bare or in an archive as torch writes it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _begins_pickle(file.read(8), file)
+
+
+def _begins_pickle(beginning: bytes, file: BinaryIO) -> bool:
+    if beginning.startswith(_ZIP):
+        return _holds_pickle(file.read(_ZIP_NAME))
+    a_length = beginning[3:] == bytes(5)  # a header of 640, 896, 1152 or 1408 bytes begins like a pickle
+    return beginning.startswith(_PICKLES) and not a_length
 
 
 def _holds_pickle(rest: bytes) -> bool:

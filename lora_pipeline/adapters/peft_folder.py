@@ -47,6 +47,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def is_peft_folder(folder: Path) -> bool:
+    """Whether a folder holds an adapter, or nothing yet."""
+    configs = [folder / CONFIG, *(folder / model / CONFIG for model in MODELS)]
+    return any(config.is_file() for config in configs) or not any(folder.iterdir())
+
+
 def read_configs(files: dict[str, Path]) -> dict[str, str]:
     """The text of each model's configuration, under its name as metadata.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_pipeline.adapters.header import regular_file_size
-from lora_pipeline.adapters.storage import write_whole
+from lora_pipeline.adapters.storage import written_whole
 from lora_pipeline.errors import CorruptError
 
 LARGEST = 16 * 1024**3  # bytes
@@ -53,7 +53,7 @@ def write_pickle(path: Path, value: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()  # a file's name would get into the archive
     torch.save(value, buffer)
-    with write_whole(path) as file:
+    with written_whole(path) as file:
         file.write(buffer.getbuffer())
 
 

@@ -1,7 +1,8 @@
 """The parameters of a model on disk, by canonical name, read one at a time.
 
 A canonical name is a target (see `targets`) and `.weight` or `.bias`: `unet.conv_in.weight`,
-`text_encoder.text_model.final_layer_norm.bias`, whatever the file calls it.
+`text_encoder.text_model.final_layer_norm.bias`, whatever the file calls it. SDXL's projection of the second text
+encoder counts as one of its layers: `text_encoder_2.text_model.text_projection.weight`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_pipeline.adapters.fingerprint import TEXT_ENCODER_2_WEIGHTS, TEXT_ENCODER_WEIGHTS, UNET_WEIGHTS, weight_files
-from lora_pipeline.adapters.header import TensorEntry, read_header
-from lora_pipeline.adapters.storage import read_tensor
-from lora_pipeline.adapters.targets import TEXT_ENCODER, TEXT_ENCODER_2, UNET, target_of
-
-COMPONENTS = {UNET: UNET_WEIGHTS, TEXT_ENCODER: TEXT_ENCODER_WEIGHTS, TEXT_ENCODER_2: TEXT_ENCODER_2_WEIGHTS}
+from lora_pipeline.adapters.checkpoints.folder import places_in_folder
+from lora_pipeline.adapters.checkpoints.single_file import VAE, slots_of_file
+from lora_pipeline.adapters.checkpoints.slots import Place, placed
+from lora_pipeline.adapters.header import read_header
+from lora_pipeline.adapters.targets import MODELS, is_target
+from lora_pipeline.errors import CorruptError
 
 
 @dataclass(frozen=True)
@@ -25,41 +26,51 @@ class Weights:
     """Where each parameter lies.
 
     Args:
-        places: The file and the entry in its header, by canonical name.
+        places: By canonical name.
     """
 
-    places: Mapping[str, tuple[Path, TensorEntry]]
+    places: Mapping[str, Place]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter."""
-        return self.places[name][1].shape
+        return self.places[name].shape
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all weights, by target."""
         return {
-            name.removesuffix(".weight"): entry.shape
-            for name, (_, entry) in self.places.items()
-            if name.endswith(".weight")
+            name.removesuffix(".weight"): place.shape for name, place in self.places.items() if name.endswith(".weight")
         }
 
     def read(self, name: str) -> Tensor:
         """A parameter in the dtype it is stored in."""
-        path, entry = self.places[name]
-        with path.open("rb") as file:
-            return read_tensor(file, entry)
+        return self.places[name].read()
 
 
 def open_weights(base: Path) -> Weights:
-    """The UNet and the text encoders of a diffusers folder; nothing but headers is read.
+    """The UNet and the text encoders of a diffusers folder or a single file; nothing but headers is read.
 
     Raises:
         MissingError, CorruptError: See `weight_files` and `read_header`.
     """
-    places = {}
-    for prefix, name in COMPONENTS.items():
-        if prefix == TEXT_ENCODER_2 and not (base / name).parent.is_dir():
-            continue
-        for file in weight_files(base, name):
-            for key, entry in read_header(file).tensors.items():
-                places[target_of(prefix, key)] = (file, entry)
-    return Weights(places)
+    places = places_in_folder(base, MODELS) if base.is_dir() else places_in_file(base)
+    return Weights({name: place for name, place in places.items() if is_target(name)})
+
+
+def places_of_all(base: Path) -> dict[str, Place]:
+    """As `open_weights`, with the autoencoder and, of a single file, whatever else is in it."""
+    return places_in_folder(base, (*MODELS, VAE)) if base.is_dir() else places_in_file(base)
+
+
+def places_in_file(path: Path) -> dict[str, Place]:
+    """The place of every tensor of a single-file checkpoint.
+
+    Raises:
+        MissingError: No such file.
+        CorruptError: No safetensors file, or without a UNet of these names.
+    """
+    entries = read_header(path).tensors
+    places = placed(path, entries, slots_of_file(entries))
+    if not any(name.startswith("unet.") for name in places):
+        problem = "is no checkpoint of SD1.x, SD2.x or SDXL: it has no model.diffusion_model tensors"
+        raise CorruptError(str(path), problem, "give a diffusers folder or a single-file checkpoint")
+    return places

@@ -40,13 +40,16 @@ WRITERS: dict[str, Render] = {
     "emb_params": embeddings.render_emb_params,
     pickles.A1111: pickles.render_a1111,
 }
-# How the formats that are no single safetensors file are put on disk.
-_FILES = {PEFT: peft.write_folder, pickles.A1111: pickles.write_a1111}
+# How the formats that are no safetensors files are put on disk.
+_FILES = {pickles.A1111: pickles.write_a1111, PEFT: peft.write_folder}
 
 
 def load(path: Path, *, allow_pickle: bool = False) -> Adapter:
     """Reads an adapter of any known format; see `lora_pipeline.adapters.load_adapter`."""
-    tensors, metadata = _contents(path, allow_pickle)
+    read = peft.read_folder if path.is_dir() else read_tensors
+    if allow_pickle and is_pickle(path):
+        read = pickles.read_tensors_of_pickle
+    tensors, metadata = read(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     form = PEFT if path.is_dir() else recognise(shapes, metadata)
     if form not in READERS:
@@ -69,11 +72,3 @@ def save(adapter: Adapter, path: Path, form: str = NATIVE) -> None:
         raise UsageError(form, "is no format that is written", f"use one of {', '.join(WRITERS)}")
     tensors, metadata = WRITERS[form](adapter)
     _FILES.get(form, write_tensors)(path, tensors, metadata)
-
-
-def _contents(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if path.is_dir():
-        return peft.read_folder(path)
-    if allow_pickle and is_pickle(path):
-        return pickles.read_tensors_of_pickle(path)
-    return read_tensors(path)

@@ -237,6 +237,8 @@ def test_other_files_are_described_too(tmp_path: Path, metadata: dict[str, str])
     assert description.provenance == {}
 
 
-def test_describing_needs_no_torch() -> None:
-    code = "import sys, stages.inspect; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_describing_needs_no_torch(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x", {f"lora_unet_{ATTENTION}.lora_down.weight": torch.ones(3, 768)}, {})
+    describing = "import sys, pathlib, stages.inspect as verb; verb.describe(pathlib.Path(sys.argv[1]))"
+    code = f"{describing}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=False).returncode == 0

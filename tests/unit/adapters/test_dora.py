@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.checkpoints.slots import Place
 from lora_pipeline.adapters.dora import approximated, dora_change, plain
 from lora_pipeline.adapters.header import read_header
 from lora_pipeline.adapters.lora import LoraFactors
@@ -24,7 +25,7 @@ TARGET = "unet.mid_block.resnets.0.conv1"
 def weights(folder: Path, weight: Tensor) -> Weights:
     path = folder / "base"
     write_tensors(path, {f"{TARGET}.weight": weight}, {})
-    return Weights({name: (path, entry) for name, entry in read_header(path).tensors.items()})
+    return Weights({name: Place(path, entry) for name, entry in read_header(path).tensors.items()})
 
 
 @pytest.mark.parametrize(

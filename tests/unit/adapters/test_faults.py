@@ -137,6 +137,9 @@ def document(**changes: object) -> dict[str, str]:
 UP, DOWN = {f"{TO_K}.up": torch.ones(6, 2)}, {f"{TO_K}.down": torch.ones(2, 768)}
 LORA_A, LORA_B = f"{TO_K}.lora_A.weight", f"{TO_K}.lora_B.weight"
 PAIR = {LORA_A: torch.ones(2, 768), LORA_B: torch.ones(6, 2)}
+KOHYA = "lora_unet_" + TO_K.removeprefix("unet.").replace(".", "_")
+HALVES = {f"{KOHYA}.lora_down.weight": torch.ones(2, 768), f"{KOHYA}.lora_up.weight": torch.ones(6, 2)}
+LOHA = {f"{KOHYA}.hada_w{side}": torch.ones(2, 2) for side in ("1_a", "1_b", "2_a", "2_b")}
 # tensors, metadata, what the error says after the file's name
 ADAPTERS: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
     "half a pair": (DOWN, document(), f"{TO_K}.up"),
@@ -144,6 +147,12 @@ ADAPTERS: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
     "ranks apart": (UP | {f"{TO_K}.down": torch.ones(3, 768)}, document(), TO_K),
     "half a pair of PEFT's": ({LORA_A: torch.ones(2, 768)}, {}, TO_K),
     "ranks apart of PEFT's": (PAIR | {LORA_B: torch.ones(6, 3)}, {}, "do not belong together"),
+    "half a pair of kohya's": ({f"{KOHYA}.lora_up.weight": torch.ones(6, 2)}, {}, "lora_down.weight"),
+    "ranks apart of kohya's": (HALVES | {f"{KOHYA}.lora_up.weight": torch.ones(6, 3)}, {}, "do not belong together"),
+    "an alpha of kohya's": (HALVES | {f"{KOHYA}.alpha": torch.ones(2)}, {}, "its alpha [1.0, 1.0]"),
+    "half a LoHa": ({name: LOHA[name] for name in sorted(LOHA)[:3]}, {}, "hada_w2_b"),
+    "ranks apart of a LoHa": (LOHA | {f"{KOHYA}.hada_w2_b": torch.ones(3, 2)}, {}, "ranks 2 and 3"),
+    "two kinds at once": (HALVES | LOHA, {}, "a LoRA and a LoHa at once"),
     "whole numbers": (UP | {f"{TO_K}.down": torch.ones(2, 768, dtype=torch.int8)}, document(), "whole numbers (int8)"),
     "a token of whole numbers": ({"embedding.<a>": torch.ones(1, 4, dtype=torch.int32)}, document(alphas={}), "<a>"),
     "a wrong prefix": ({"vae.a.lora_A.weight": torch.ones(2, 4), "vae.a.lora_B.weight": torch.ones(4, 2)}, {}, "vae.a"),
@@ -166,13 +175,20 @@ def test_a_bad_adapter_is_refused(
     assert_refused(code, 5, capsys.readouterr().err, "bad.safetensors: ", said, "")
 
 
+STRANGE = {
+    "diffusers": PAIR | {"unet.strange": torch.ones(2), "unet.stranger": torch.ones(2)},
+    "kohya": HALVES | {f"{KOHYA}.strange": torch.ones(2), "lora_unet_strange.lora_up.weight": torch.ones(2, 2)},
+}
+
+
 @pytest.mark.parametrize("command", ["compose", "merge"])
+@pytest.mark.parametrize("form", STRANGE)
 def test_unknown_keys_are_named_where_they_would_be_lost(
-    command: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+    command: str, form: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_tensors(Path("bad.safetensors"), PAIR | {"unet.strange": torch.ones(2), "unet.stranger": torch.ones(2)}, {})
+    write_tensors(Path("bad.safetensors"), STRANGE[form], {})
     code = command_line(*COMMANDS[command])
-    assert_refused(code, 5, capsys.readouterr().err, "bad", "unet.strange", "")
+    assert_refused(code, 5, capsys.readouterr().err, "bad", "strange", "")
 
 
 def test_an_adapter_of_another_family_is_told_so(command_line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,13 +235,15 @@ def test_a_rank_out_of_range_is_a_usage_error(
 
 def test_alpha_zero_is_no_change_and_no_alpha_is_the_rank(command_line: CommandLine) -> None:
     write_tensors(Path("zero"), UP | DOWN, document(alphas={TO_K: 0}))
+    write_tensors(Path("kohya's zero"), HALVES | {f"{KOHYA}.alpha": torch.tensor(0)}, {})
     write_tensors(Path("absent"), PAIR, {})
-    for name in ("zero", "absent"):
+    write_tensors(Path("kohya's absent"), HALVES, {})
+    for name in ("zero", "kohya's zero", "absent", "kohya's absent"):
         Path("out").unlink()
         assert command_line("convert", name, "out", "--to", "native") == 0
         factors = load_adapter(Path("out")).factors[TO_K]
-        assert factors.alpha == (0.0 if name == "zero" else 2.0)
-        assert float(factors.delta().max()) == (0.0 if name == "zero" else 2.0)
+        assert factors.alpha == (0.0 if "zero" in name else 2.0)
+        assert float(factors.delta().max()) == (0.0 if "zero" in name else 2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
