@@ -135,16 +135,28 @@ class ConceptParams(Section):
     extract: ExtractParams
 
 
+class FitParams(Section):
+    """How the weights of a blend are learnt, see training/blending.py."""
+
+    granularity: Literal["adapter", "block", "column"]
+    prompts: dict[Name, Annotated[list[Text], Field(min_length=1)]]
+    draws: AtLeastOne
+    steps: Count
+    learning_rate: Positive
+    regularisation: NotNegative
+
+
 class BlendParams(Section):
     """Adapters that become one, see adapters/recipes.py."""
 
     weights: Annotated[dict[Name, Float], Field(min_length=1)]
     text_encoder_weights: dict[Name, Float]
     block_weights: dict[Name, dict[Text, Float] | list[Float]]
-    method: Literal["sum", "interpolate", "ties", "dare", "magnitude"]
+    method: Literal["sum", "interpolate", "ties", "dare", "magnitude", "least_squares", "distill"]
     path: list[Name] | None
     at: Annotated[Float, Field(ge=0, le=1)] | None
     density: Annotated[Float, Field(gt=0, le=1)] | None
+    fit: FitParams | None
     rank: RankChoice | None
     rename_tokens: bool
 
@@ -231,8 +243,14 @@ def _learnable(where: str, concept: ConceptParams) -> None:
 
 
 # What else a blend's method needs; the others have no use for it.
-_NEEDED = {"interpolate": {"path", "at"}, "ties": {"density"}, "dare": {"density"}, "magnitude": {"density"}}
-_EXAMPLES = {"path": "the adapters' names in their order", "at": "0.5 for the middle", "density": "0.2 for a fifth"}
+_NEEDED = {
+    "interpolate": {"path", "at"}, "ties": {"density"}, "dare": {"density"}, "magnitude": {"density"},
+    "least_squares": {"fit"}, "distill": {"fit"},
+}  # fmt: skip
+_EXAMPLES = {
+    "path": "the adapters' names in their order", "at": "0.5 for the middle", "density": "0.2 for a fifth",
+    "fit": "granularity, prompts, draws, steps, learning_rate and regularisation there",
+}  # fmt: skip
 
 
 def _makeable(where: str, blend: BlendParams) -> None:
@@ -244,9 +262,25 @@ def _makeable(where: str, blend: BlendParams) -> None:
             raise ParamsError(f"{where}.{key}", f"means nothing to method {blend.method}", "write null")
     for key in ("text_encoder_weights", "block_weights"):
         _known(f"{where.removeprefix('params.yaml: ')}.{key}", getattr(blend, key), blend.weights)
+    if blend.fit is not None:
+        _fittable(where, blend, blend.fit)
     if blend.path is not None and sorted(blend.path) != sorted(blend.weights):
         names = ", ".join(blend.weights)
         raise ParamsError(f"{where}.path", f"is not an order of {names}", "name each of them once")
+
+
+def _fittable(where: str, blend: BlendParams, fit: FitParams) -> None:
+    if blend.block_weights:
+        raise ParamsError(f"{where}.block_weights", f"fixes what method {blend.method} learns", "write {}")
+    _known(f"{where.removeprefix('params.yaml: ')}.fit.prompts", fit.prompts, blend.weights)
+    for name in blend.weights:
+        if name not in fit.prompts:
+            raise ParamsError(f"{where}.fit.prompts", f"has none for {name!r}", "say there what it is for")
+    if blend.method == "distill" and fit.steps == 0:
+        raise ParamsError(f"{where}.fit.steps", "is 0, and method distill needs some", "write 200")
+    if blend.method == "least_squares" and fit.granularity == "column":
+        problem, fix = "column is not for method least_squares", "write adapter or block, or use method distill"
+        raise ParamsError(f"{where}.fit.granularity", problem, fix)
 
 
 def _known(where: str, names: Any, known: Any) -> None:

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lora_pipeline.errors import ParamsError, UsageError
 from lora_pipeline.params import load_params
 from stages._extraction_report import write_report
+from stages._fit import fit_by_hand, fit_of_blend, learn
 from stages._rank_rule import rule_of
 from stages._stage import PARAMS, entry, stage
 from stages._weighted import Weighted, by_name, load_parts, named, parse_blocks, parse_named, parse_weighted
 
 if TYPE_CHECKING:
     from lora_pipeline.adapters.recipes import Recipe
+    from lora_pipeline.training.fit import Fit
+
+
+Method = Literal["sum", "interpolate", "ties", "dare", "magnitude", "least_squares", "distill"]
+Granularity = Literal["adapter", "block", "column"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,13 @@ class Order:
 
     adapters: list[Weighted]
     recipe: Recipe
+    fit: Fit | None
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result; the adapters' order is that of a path."""
         order = [path.stem for path, _ in self.adapters]
-        return {"weights": by_name(self.adapters), "order": order, **asdict(self.recipe)}
+        fit = asdict(self.fit) if self.fit else None
+        return {"weights": by_name(self.adapters), "order": order, **asdict(self.recipe), "fit": fit}
 
 
 def compose(  # noqa: PLR0913 - the options of a command
@@ -45,12 +53,23 @@ def compose(  # noqa: PLR0913 - the options of a command
         list[str] | None,
         typer.Option(help="Factors of weights: NAME=IN04:0.5,*attn2*:0 or NAME=1,0,...; may be repeated."),
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="By hand: sum (default), interpolate, ties, dare or magnitude.")
-    ] = None,
+    method: Annotated[Method | None, typer.Option(help="By hand; without it sum.")] = None,
     at: Annotated[float | None, typer.Option(help="interpolate: 0, the first file, to 1, the last.")] = None,
     density: Annotated[float | None, typer.Option(help="ties, dare, magnitude: share of values kept.")] = None,
-    seed: Annotated[int | None, typer.Option(help="dare: decides which; default 0.", min=0)] = None,
+    base: Annotated[Path | None, typer.Option(help="least_squares, distill: the base, a diffusers folder.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="least_squares, distill: ADAPTER=PROMPT it is for; may be repeated.")
+    ] = None,
+    granularity: Annotated[
+        Granularity | None, typer.Option(help="What gets a weight of its own; block. column is for distill.")
+    ] = None,
+    draws: Annotated[int | None, typer.Option(help="Pictures drawn of each adapter's prompts; 6.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="distill: optimiser steps; 200.", min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="distill: of the weights; 0.02.")] = None,
+    regularisation: Annotated[
+        float | None, typer.Option(help="Pull towards the given weights, or columns apart; 0.01.", min=0)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="dare, learnt weights: decides chance; default 0.", min=0)] = None,
     rank: Annotated[int | None, typer.Option(help="Cut every layer to this rank.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of each layer's energy, as 0.95.")] = None,
     error: Annotated[float | None, typer.Option(help="Lose no more than this of each layer, as 0.1.")] = None,
@@ -78,14 +97,20 @@ def compose(  # noqa: PLR0913 - the options of a command
         "rename_tokens": rename_tokens or None,
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
-    if not ((blend and adapters and not files and not given) or (files and not blend and not adapters)):
+    learning = {
+        "granularity": granularity, "draws": draws, "steps": steps, "learning_rate": learning_rate,
+        "regularisation": regularisation,
+    }  # fmt: skip
+    learning = {key: value for key, value in learning.items() if value is not None}
+    by_params = blend and adapters and not (files or given or prompt or learning)
+    if not (by_params or (files and not blend and not adapters)):
         fix = "see lora-pipe compose --help"
         raise UsageError("compose", "needs either --blend and --adapters alone, or files", fix)
 
     def order() -> Order:
-        return of_blend(blend, adapters) if blend and adapters else by_hand(files or [], given)
+        return of_blend(blend, adapters) if blend and adapters else by_hand(files or [], given, prompt or [], learning)
 
-    make(blend or out.stem, order, out, report)
+    make(blend or out.stem, order, out, report, base)
 
 
 def of_blend(name: str, adapters: Path) -> Order:
@@ -102,11 +127,16 @@ def of_blend(name: str, adapters: Path) -> Order:
     files = named(adapters, section.weights)
     if (path := section.path) is not None:
         files.sort(key=lambda file: path.index(file[0].stem))
-    fields = section.model_dump(exclude={"weights", "path", "rank"})
-    return Order(files, Recipe(**fields, seed=params.seed, rank=rank_rule(section.rank)))
+    fields = section.model_dump(exclude={"weights", "path", "rank", "fit"})
+    if section.fit is not None:
+        fields["method"] = "sum"
+    recipe = Recipe(**fields, seed=params.seed, rank=rank_rule(section.rank))
+    return Order(files, recipe, fit_of_blend(section, params.seed))
 
 
-def by_hand(files: Sequence[str], options: Mapping[str, Any]) -> Order:
+def by_hand(
+    files: Sequence[str], options: Mapping[str, Any], prompts: Sequence[str], learning: Mapping[str, Any]
+) -> Order:
     """What the command line asks for.
 
     Raises:
@@ -114,23 +144,33 @@ def by_hand(files: Sequence[str], options: Mapping[str, Any]) -> Order:
     """
     from lora_pipeline.adapters.recipes import Recipe
 
+    adapters = parse_weighted(files)
     try:
-        return Order(parse_weighted(files), Recipe(**options))
+        fit = fit_by_hand(adapters, options, prompts, learning)
+        return Order(adapters, Recipe(**{**options, "method": "sum"} if fit else options), fit)
     except ParamsError as error:
-        raise UsageError(f"--{error.where}", error.problem, error.fix) from None
+        option = "prompt" if error.where == "prompts" else error.where.replace("_", "-")
+        raise UsageError(f"--{option}", error.problem, error.fix) from None
 
 
-def make(instance: str, order: Callable[[], Order], out: Path, report: Path | None) -> None:
-    """Composes, and says what that cost."""
+def make(instance: str, order: Callable[[], Order], out: Path, report: Path | None, base: Path | None) -> None:
+    """Composes, and says what that cost.
+
+    Raises:
+        UsageError: Weights are to be learnt without a base.
+    """
     from lora_pipeline.adapters import save_adapter
     from lora_pipeline.adapters.composition import blend
     from lora_pipeline.adapters.extraction import Extraction
 
     now = order()
+    if now.fit and base is None:
+        raise UsageError("--base", f"is missing, and method {now.fit.method} learns from it", "name a diffusers folder")
     outs = [out, report, report.with_suffix(".png")] if report else [out]
-    inputs = [path for path, _ in now.adapters]
+    inputs = [path for path, _ in now.adapters] + ([base] if now.fit and base else [])
     with stage("compose", instance, out=outs, inputs=inputs, section=lambda: order().settings()) as run:
-        composition = blend(load_parts(now.adapters), now.recipe)
+        parts = load_parts(now.adapters)
+        composition = learn(base, parts, now.recipe, now.fit, run) if now.fit and base else blend(parts, now.recipe)
         save_adapter(composition.adapter, run.building)
         run.tracker.metric("residual", composition.residual, 0)
         if report or composition.residual:

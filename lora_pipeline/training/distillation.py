@@ -1,8 +1,8 @@
-"""Gates of a blend, learnt: the blend should predict on each concept's prompts what the concept's adapter predicts alone.
+"""Gates of a blend, learnt: on each concept's prompts the blend should predict what that adapter predicts alone.
 
 ZipLoRA (Shah et al. 2023, arXiv:2311.13600) without its full matrices: a gate for each input column of an adapter's
-`down` is a diagonal between the input and the factors, so that the result is a LoRA of the ranks' sum. Coarser gates, one
-a block or one an adapter, are the same with equal columns.
+`down` is a diagonal between the input and the factors, so that the result is a LoRA of the ranks' sum. Coarser gates,
+one a block or one an adapter, are the same with equal columns.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def distil(  # noqa: PLR0913 - everything that decides the gates
                 moment = pools[concept][index]
                 student = components.unet(moment.latents, moment.timestep, states[tuple(moment.prompts)]).sample
                 loss = F.mse_loss(student, moment.prediction)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += float(loss.detach())
             if overlap and (apart := overlaps(gates)) is not None:
-                (overlap * apart).backward()  # type: ignore[no-untyped-call]
+                (overlap * apart).backward()
             optimiser.step()
             losses.append(total)
             report(step + 1, total)

@@ -23,8 +23,7 @@ from lora_pipeline.injection.tokens import remove as remove_tokens
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.pretrained.encoding import encode_prompts
 from lora_pipeline.training.draws import generator_for
-
-STEPS = 10  # denoising steps of a trajectory
+from lora_pipeline.training.fit import TRAJECTORY_STEPS
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +86,7 @@ def trajectory(
     inject.set_weights(components.text_encoder, {name: w * (name == concept) for name, w in text_weights.items()})
     states = encode_prompts(components, prompts)
     scheduler = copy.deepcopy(components.scheduler)  # it counts its steps
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(TRAJECTORY_STEPS)
     options = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator_for(seed, concept, 0, "steps")

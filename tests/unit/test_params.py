@@ -133,6 +133,16 @@ def test_a_method_needs_what_it_learns(write: Write, old: str, new: str, key: st
     assert error.where == f"params.yaml: {key}"
 
 
+def fitted(change: str = "draws: 2") -> str:
+    """A blend's `fit` with one of its keys changed."""
+    values = {
+        "granularity": "block", "prompts": "{zorp: [a <zorp>], sticker: [a sticker]}", "draws": "6", "steps": "100",
+        "learning_rate": "0.02", "regularisation": "0.01",
+    }  # fmt: skip
+    key, _, value = change.partition(": ")
+    return "{" + ", ".join(f"{each}: {told}" for each, told in (values | {key: value}).items()) + "}"
+
+
 @pytest.mark.parametrize(
     ("edits", "key"),
     [
@@ -146,6 +156,17 @@ def test_a_method_needs_what_it_learns(write: Write, old: str, new: str, key: st
         ({"at": "0.5"}, "at"),
         ({"text_encoder_weights": "{mimo: 1}"}, "text_encoder_weights"),
         ({"block_weights": "{mimo: {M00: 1}}"}, "block_weights"),
+        ({"method": "distill"}, "fit"),
+        ({"fit": fitted()}, "fit"),
+        ({"method": "distill", "fit": fitted(), "density": "0.5"}, "density"),
+        ({"method": "distill", "fit": fitted(), "block_weights": "{zorp: {M00: 1}}"}, "block_weights"),
+        ({"method": "distill", "fit": fitted("prompts: {zorp: [a]}")}, "fit.prompts"),
+        ({"method": "distill", "fit": fitted("prompts: {zorp: [a], sticker: [a], mimo: [a]}")}, "fit.prompts"),
+        ({"method": "distill", "fit": fitted("prompts: {zorp: [a], sticker: []}")}, "fit.prompts.sticker"),
+        ({"method": "distill", "fit": fitted("steps: 0")}, "fit.steps"),
+        ({"method": "distill", "fit": fitted("learning_rate: 0")}, "fit.learning_rate"),
+        ({"method": "least_squares", "fit": fitted("granularity: column")}, "fit.granularity"),
+        ({"method": "least_squares", "fit": fitted("granularity: layer")}, "fit.granularity"),
     ],
 )
 def test_a_blend_has_what_its_method_needs_and_nothing_else(write: Write, edits: dict[str, str], key: str) -> None:
@@ -157,6 +178,8 @@ def test_a_blend_has_what_its_method_needs_and_nothing_else(write: Write, edits:
     [
         {"method": "interpolate", "path": "[sticker, zorp]", "at": "0"},
         {"method": "ties", "density": "0.2", "rank": "8"},
+        {"method": "distill", "fit": fitted("granularity: column"), "rank": "8"},
+        {"method": "least_squares", "fit": fitted("steps: 0")},
         {"method": "dare", "density": "1", "rank": "{energy: 0.9, max_rank: 8}"},
         {"text_encoder_weights": "{zorp: -1}", "block_weights": "{zorp: [1, 0.5], sticker: {M00: 0, '*attn2*': -1}}"},
     ],
