@@ -139,7 +139,7 @@ class FitParams(Section):
     """How the weights of a blend are learnt, see training/blending.py."""
 
     granularity: Literal["adapter", "block", "column"]
-    prompts: dict[Name, Annotated[list[Text], Field(min_length=1)]]
+    prompts: dict[Text, Annotated[list[Text], Field(min_length=1)]]
     draws: AtLeastOne
     steps: Count
     learning_rate: Positive
@@ -272,9 +272,10 @@ def _makeable(where: str, blend: BlendParams) -> None:
 def _fittable(where: str, blend: BlendParams, fit: FitParams) -> None:
     if blend.block_weights:
         raise ParamsError(f"{where}.block_weights", f"fixes what method {blend.method} learns", "write {}")
-    _known(f"{where.removeprefix('params.yaml: ')}.fit.prompts", fit.prompts, blend.weights)
+    told = [name for scene in fit.prompts for name in scene.split("+")]
+    _known(f"{where.removeprefix('params.yaml: ')}.fit.prompts", told, blend.weights)
     for name in blend.weights:
-        if name not in fit.prompts:
+        if name not in told:
             raise ParamsError(f"{where}.fit.prompts", f"has none for {name!r}", "say there what it is for")
     if blend.method == "distill" and fit.steps == 0:
         raise ParamsError(f"{where}.fit.steps", "is 0, and method distill needs some", "write 200")

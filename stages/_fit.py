@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from lora_pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def fit_by_hand(
     Args:
         adapters: Of the blend.
         options: Of `compose`: its method and seed count here.
-        prompts: `ADAPTER=PROMPT` each.
+        prompts: `ADAPTER=PROMPT` or `ONE+OTHER=PROMPT` each.
         learning: Those of `DEFAULTS` that were given.
 
     Raises:
@@ -53,7 +55,7 @@ def fit_by_hand(
             raise UsageError(f"--{name}", f"is for learnt weights, and method {method} learns none", fix)
         return None
     fit = Fit(method, prompts=_by_adapter(prompts), **{**DEFAULTS, **learning}, seed=options.get("seed", 0))
-    fit.check_names([path.stem for path, _ in adapters])
+    fit.scenes([path.stem for path, _ in adapters])
     return fit
 
 
@@ -68,7 +70,7 @@ def _by_adapter(prompts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def learn(base: Path, parts: Sequence[Part], recipe: Recipe, fit: Fit, run: Stage) -> Composition:
-    """Learns the weights and blends, with progress; the loss goes to the tracker."""
+    """Learns the weights, tells them, and blends; the loss goes to the tracker."""
     from lora_pipeline.adapters.adapter import check_base
     from lora_pipeline.adapters.fingerprint import base_fingerprint
     from lora_pipeline.pretrained.components import load_components
@@ -84,4 +86,7 @@ def learn(base: Path, parts: Sequence[Part], recipe: Recipe, fit: Fit, run: Stag
             if loss is not None:
                 run.tracker.metric("loss", loss, step)
 
-        return learnt_blend(load_components(base), parts, recipe, fit, report).composition
+        found = learnt_blend(load_components(base), parts, recipe, fit, report)
+    for name, weights in found.weights.items():
+        typer.echo(f"{name}: {', '.join(f'{place} {weight:.3f}' for place, weight in weights.items())}")
+    return found.composition

@@ -58,12 +58,13 @@ def compose(  # noqa: PLR0913 - the options of a command
     density: Annotated[float | None, typer.Option(help="ties, dare, magnitude: share of values kept.")] = None,
     base: Annotated[Path | None, typer.Option(help="least_squares, distill: the base, a diffusers folder.")] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="least_squares, distill: ADAPTER=PROMPT it is for; may be repeated.")
+        list[str] | None,
+        typer.Option(help="least_squares, distill: ADAPTER=PROMPT it is for, or ONE+OTHER=PROMPT; may be repeated."),
     ] = None,
     granularity: Annotated[
         Granularity | None, typer.Option(help="What gets a weight of its own; block. column is for distill.")
     ] = None,
-    draws: Annotated[int | None, typer.Option(help="Pictures drawn of each adapter's prompts; 6.", min=1)] = None,
+    draws: Annotated[int | None, typer.Option(help="Pictures drawn of each adapter; 6.", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="distill: optimiser steps; 200.", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="distill: of the weights; 0.02.")] = None,
     regularisation: Annotated[

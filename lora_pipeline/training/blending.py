@@ -18,8 +18,8 @@ from lora_pipeline.errors import ParamsError
 from lora_pipeline.injection.inject import set_weights
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.training.distillation import column_gates, distil, group_gates
-from lora_pipeline.training.fit import Fit
-from lora_pipeline.training.least_squares import Products, solved
+from lora_pipeline.training.fit import Fit, Scene
+from lora_pipeline.training.least_squares import Products
 from lora_pipeline.training.trajectories import Moment, attached, trajectory
 
 EVERYWHERE = "everywhere"
@@ -44,7 +44,7 @@ class LearntBlend:
 def learnt_blend(
     components: Components, parts: Sequence[Part], recipe: Recipe, fit: Fit, report: Report
 ) -> LearntBlend:
-    """Adapters as one, at weights of the UNet under which each still does on its own prompts what it does alone.
+    """Adapters as one, at weights of the UNet under which prompts of some get what those do, each alone, and no more.
 
     Text encoders keep the given weights.
 
@@ -83,19 +83,19 @@ class _Study:
     report: Report
 
     def least_squares(self) -> tuple[Learnt, list[float]]:
-        products = Products(list(self.weights), _group(self.fit.granularity))
+        products = Products(self.weights, _group(self.fit.granularity))
         done = 0
-        for concept in self.weights:
-            with products.watching(self.components.unet, concept):
-                for _ in self.moments(concept):
+        for scene in self.fit.scenes(self.weights):
+            with products.watching(self.components.unet, scene.adapters):
+                for _ in self.moments(scene):
                     done += 1
                     self.report(done, None)
-        found = solved(products, self.weights, self.fit.regularisation)
+        found = products.solved(self.fit.regularisation)
         return {(name, group): torch.tensor(each[name]) for group, each in found.items() for name in each}, []
 
     def distilled(self) -> tuple[Learnt, list[float]]:
         moments = []
-        for moment in (each for concept in self.weights for each in self.moments(concept)):
+        for moment in (each for scene in self.fit.scenes(self.weights) for each in self.moments(scene)):
             moments.append(moment)
             self.report(len(moments), None)
         set_weights(self.components.text_encoder, self.text_weights)
@@ -115,10 +115,9 @@ class _Study:
         )
         return {key: gate.detach().clone() for key, gate in gates.items()}, losses
 
-    def moments(self, concept: str) -> Iterator[Moment]:
-        prompts = self.fit.prompts[concept]
-        drawn = tuple(prompts[index % len(prompts)] for index in range(self.fit.draws))
-        return trajectory(self.components, self.weights, self.text_weights, concept, drawn, self.fit.seed)
+    def moments(self, scene: Scene) -> Iterator[Moment]:
+        prompts = tuple(scene.prompts[index % len(scene.prompts)] for index in range(self.fit.draws))
+        return trajectory(self.components, self.weights, self.text_weights, scene, prompts, self.fit.seed)
 
 
 def _group(granularity: str) -> Callable[[str], Hashable]:
@@ -172,7 +171,7 @@ def _told(learnt: Learnt) -> dict[str, dict[str, float]]:
 
 
 def _check(parts: Sequence[Part], recipe: Recipe, fit: Fit) -> None:
-    fit.check_names([name for name, _, _ in parts])
+    fit.scenes([name for name, _, _ in parts])
     if recipe.method != "sum" or recipe.block_weights:
         problem = f"fixes what {fit.method} learns: it is a sum without weights by block"
         raise ParamsError("block_weights" if recipe.block_weights else "method", problem, "leave it out")

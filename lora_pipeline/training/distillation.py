@@ -77,11 +77,11 @@ def distil(  # noqa: PLR0913 - everything that decides the gates
     seed: int,
     report: Report,
 ) -> list[float]:
-    """Trains gates in place, by Adam; each step sees one moment of every concept.
+    """Trains gates in place, by Adam; each step sees one moment of every scene.
 
     Args:
         components: With all adapters attached, those of the text encoder at the weights they will have.
-        moments: Of all concepts, with the predictions to match.
+        moments: Of all scenes, with the predictions to match.
         gates: See `column_gates` and `group_gates`.
         group: The gates' group of a target.
         steps: Of the optimiser.
@@ -93,8 +93,8 @@ def distil(  # noqa: PLR0913 - everything that decides the gates
     Returns:
         The loss before each step, without the overlap.
     """
-    concepts = sorted({moment.concept for moment in moments})
-    pools = {concept: [moment for moment in moments if moment.concept == concept] for concept in concepts}
+    names = sorted({moment.scene for moment in moments})
+    pools = {name: [moment for moment in moments if moment.scene == name] for name in names}
     with torch.no_grad():
         states = {prompts: encode_prompts(components, prompts) for prompts in {tuple(m.prompts) for m in moments}}
     optimiser = torch.optim.Adam(gates.values(), lr=learning_rate)
@@ -103,9 +103,9 @@ def distil(  # noqa: PLR0913 - everything that decides the gates
         for step in range(steps):
             optimiser.zero_grad()
             total = 0.0
-            for concept in concepts:
-                [index] = batch_indices(len(pools[concept]), 1, step, seed, "blend", concept)
-                moment = pools[concept][index]
+            for name in names:
+                [index] = batch_indices(len(pools[name]), 1, step, seed, "blend", name)
+                moment = pools[name][index]
                 student = components.unet(moment.latents, moment.timestep, states[tuple(moment.prompts)]).sample
                 loss = F.mse_loss(student, moment.prediction)
                 loss.backward()

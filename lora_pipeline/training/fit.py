@@ -21,6 +21,21 @@ TRAJECTORY_STEPS = 10  # denoising steps of one drawn picture
 
 
 @dataclass(frozen=True)
+class Scene:
+    """Prompts that ask for some adapters and no others.
+
+    Args:
+        name: The adapters' names, joined by +.
+        adapters: Their names; at least one.
+        prompts: At least one.
+    """
+
+    name: str
+    adapters: tuple[str, ...]
+    prompts: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Fit:
     """What is learnt, and from what.
 
@@ -28,8 +43,9 @@ class Fit:
         method: `least_squares`, in closed form, or `distill`, by gradient descent.
         granularity: A weight for each `adapter`, for each `block` of each adapter, or (`distill` alone) for each input
             `column` of each of its layers.
-        prompts: What each adapter is for, by its name; at least one each.
-        draws: Trajectories of each adapter, at least 1; the prompts take turns.
+        prompts: What an adapter is for, by its name, and what several are for together, by their names joined by +;
+            at least one each.
+        draws: Trajectories of each scene, at least 1; its prompts take turns.
         steps: Of the optimiser, at least 1; `least_squares` has none.
         learning_rate: Of the weights, which are around 1; above 0.
         regularisation: At least 0. `least_squares`: how strongly weights are drawn to the given ones, as a share of
@@ -69,19 +85,26 @@ class Fit:
         """How many steps learning has: those that draw, and the optimiser's."""
         return len(self.prompts) * TRAJECTORY_STEPS + (self.steps if self.method == "distill" else 0)
 
-    def check_names(self, names: Collection[str]) -> None:
-        """Every adapter needs prompts, and nothing else may have some.
+    def scenes(self, names: Collection[str]) -> list[Scene]:
+        """What `prompts` says, of these adapters.
 
         Raises:
-            ParamsError: It is not so.
+            ParamsError: Two adapters of one name, prompts of an adapter that is not there, or one without prompts.
         """
         if len(set(names)) != len(names):
             raise ParamsError("weights", "two of the adapters have one name", "give each file a name of its own")
-        odd = set(self.prompts) ^ set(names)
-        if odd:
-            name = min(odd)
-            problem = f"has none for {name!r}" if name in names else f"has some for {name!r}, which is no adapter here"
-            raise ParamsError("prompts", problem, f"give prompts for {', '.join(names)}, and no others")
+        scenes = [
+            Scene(key, (key,) if key in names else tuple(key.split("+")), each) for key, each in self.prompts.items()
+        ]
+        told = {name for scene in scenes for name in scene.adapters}
+        if odd := told - set(names):
+            known = ", ".join(names)
+            raise ParamsError(
+                "prompts", f"has some for {min(odd)!r}, which is no adapter here", f"use names of {known}"
+            )
+        if silent := set(names) - told:
+            raise ParamsError("prompts", f"has none for {min(silent)!r}", "say there what it is for")
+        return scenes
 
     def document(self) -> dict[str, Json]:
         """What provenance says about it."""

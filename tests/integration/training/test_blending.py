@@ -24,7 +24,7 @@ from lora_pipeline.injection import inject
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.pretrained.encoding import encode_prompts
 from lora_pipeline.training.blending import LearntBlend, learnt_blend
-from lora_pipeline.training.fit import Fit
+from lora_pipeline.training.fit import Fit, Scene
 from lora_pipeline.training.trajectories import attached, trajectory
 
 pytestmark = pytest.mark.filterwarnings("default::FutureWarning")
@@ -72,7 +72,7 @@ def loss(base: Components, parts: list[Part], adapter: Adapter) -> float:
     total = 0.0
     for name in weights:
         with attached(base, parts, False) as mine:
-            moments = list(trajectory(mine, weights, weights, name, PROMPTS[name], 3))
+            moments = list(trajectory(mine, weights, weights, Scene(name, (name,), ()), PROMPTS[name], 3))
         with attached(base, [("all", adapter, 1.0)], False) as mine, torch.no_grad():
             states = encode_prompts(mine, PROMPTS[name])
             said = [mine.unet(each.latents, each.timestep, states).sample for each in moments]
@@ -163,6 +163,30 @@ def test_where_learning_starts_an_adapter_alone_has_nothing_to_learn(
 ) -> None:
     asked = fit("distill", granularity, prompts=ALONE, steps=1)
     assert learn(base, [("zorp", parts[0][1], 0.7)], asked).losses[0] < 1e-10
+
+
+def test_several_adapters_together_are_asked_for_what_each_changes_alone(base: Components, parts: list[Part]) -> None:
+    weights = {name: weight for name, _, weight in parts}
+    scene = Scene("zorp+sticker", ("zorp", "sticker"), ())
+    with attached(base, parts, False) as mine, torch.no_grad():
+        [prompt] = PROMPTS["zorp"]
+        for moment in trajectory(mine, weights, weights, scene, [prompt], 3):
+            said = []
+            for chosen in ([], ["zorp"], ["sticker"]):
+                now = {name: weight * (name in chosen) for name, weight in weights.items()}
+                inject.set_weights(mine.unet, now)
+                inject.set_weights(mine.text_encoder, now)
+                said.append(mine.unet(moment.latents, moment.timestep, encode_prompts(mine, [prompt])).sample)
+            torch.testing.assert_close(moment.prediction, said[1] + said[2] - said[0], rtol=1e-4, atol=1e-5)
+
+
+def test_of_prompts_for_all_together_the_given_weights_are_the_least_squares(
+    base: Components, parts: list[Part]
+) -> None:
+    asked = fit("least_squares", "block", prompts={"zorp+sticker": PROMPTS["zorp"]})
+    found = learn(base, parts, asked)
+    for name, _, weight in parts:
+        assert all(each == pytest.approx(weight, rel=1e-3) for each in found.weights[name].values())
 
 
 def test_a_change_of_gauge_changes_no_weight(base: Components, parts: list[Part]) -> None:

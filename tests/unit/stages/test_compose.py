@@ -16,7 +16,7 @@ from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.ranks import RankRule
 from lora_pipeline.adapters.recipes import Recipe
 from lora_pipeline.errors import ParamsError, UsageError
-from stages.compose import compose
+from stages.compose import by_hand, compose, of_blend
 
 ATTENTION = "unet.mid_block.attentions.0.proj_in"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -155,3 +155,49 @@ def test_a_collision_leaves_the_old_out_alone() -> None:
     with pytest.raises(ParamsError, match="<z>"):
         compose(OUT, ["zorp.safetensors", "other.safetensors"])
     assert OUT.read_bytes() == before
+
+
+PROMPTS = ["zorp=a <z>", "sticker=a = b", "zorp=a <z> at night", "zorp+sticker=both"]
+BY_ADAPTER = {"zorp": ["a <z>", "a <z> at night"], "sticker": ["a = b"], "zorp+sticker": ["both"]}
+
+
+@pytest.mark.usefixtures("parts")
+def test_weights_to_be_learnt_are_asked_for_by_hand_and_in_params_alike() -> None:
+    told = "granularity: column, draws: 2, steps: 200, learning_rate: 0.02, regularisation: 0.01"
+    before, _, after = SHIPPED.partition("blends:")
+    after = after.replace("fit: null", f"fit: {{prompts: {json.dumps(BY_ADAPTER)}, {told}}}", 1)
+    after = after.replace("method: sum", "method: distill", 1).replace("rank: null", "rank: 3", 1)
+    Path("params.yaml").write_text(f"{before}blends:{after}", encoding="utf-8")
+    params = of_blend("zorp-sticker", Path())
+    options = {"method": "distill", "rank": RankRule("rank", 3), "seed": 7}
+    hand = by_hand(FILES, options, PROMPTS, {"granularity": "column", "draws": 2})
+    assert params.fit == hand.fit
+    assert params.recipe == hand.recipe
+    assert params.recipe.method == "sum"
+    assert by_hand(FILES, {"method": "least_squares"}, PROMPTS, {}).fit != hand.fit
+    assert by_hand(FILES, {"method": "sum"}, [], {}).fit is None
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"prompt": PROMPTS}, "--prompt"),
+        ({"learning_rate": 0.1}, "--learning-rate"),
+        ({"method": "ties", "density": 0.5, "steps": 3}, "--steps"),
+        ({"method": "distill", "prompt": PROMPTS}, "--base"),
+        ({"method": "distill"}, "--prompt"),
+        ({"method": "distill", "prompt": ["zorp=a"]}, "--prompt"),
+        ({"method": "distill", "prompt": [*PROMPTS, "mimo=a"]}, "--prompt"),
+        ({"method": "distill", "prompt": [*PROMPTS, "zorp"]}, "zorp"),
+        ({"method": "distill", "prompt": PROMPTS, "density": 0.5}, "--density"),
+        ({"method": "distill", "prompt": PROMPTS, "learning_rate": 0.0}, "--learning-rate"),
+        ({"method": "least_squares", "prompt": PROMPTS, "granularity": "column"}, "--granularity"),
+        ({"blend": "x", "adapters": Path(), "files": None, "steps": 2}, "compose"),
+    ],
+)
+def test_learning_that_cannot_be_is_refused_before_anything_is_loaded(options: dict[str, Any], where: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        compose(OUT, **{"files": FILES, **options})
+    assert refused.value.where == where
+    assert not OUT.exists()

@@ -38,6 +38,11 @@ def test_a_value_out_of_its_range_is_refused(change: dict[str, Any], where: str)
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "c"], ["a", "c"], ["a", "a", "b"]])
 def test_every_adapter_has_prompts_and_nothing_else_has(names: list[str]) -> None:
-    Fit(**GOOD).check_names(["b", "a"])
+    Fit(**GOOD).scenes(["b", "a"])
     with pytest.raises(ParamsError):
-        Fit(**GOOD).check_names(names)
+        Fit(**GOOD).scenes(names)
+
+
+def test_prompts_may_be_for_several_adapters_together() -> None:
+    scenes = Fit(**GOOD | {"prompts": {"a+b": ["both"], "b": ["two"], "c+d": ["one"]}}).scenes(["a", "b", "c+d"])
+    assert [scene.adapters for scene in scenes] == [("a", "b"), ("b",), ("c+d",)]
