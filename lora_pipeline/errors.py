@@ -43,6 +43,11 @@ class PipelineError(Exception):
         return f"{self.where}: {self.problem}"
 
 
+def printable(text: str) -> str:
+    """Text of a file, on one line and without what a terminal would obey: such letters are escaped as Python does."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 class UsageError(PipelineError):
     """The command line contradicts itself."""
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_pipeline.errors import BusyError, MissingError, ParamsError
+from lora_pipeline.errors import BusyError, MissingError, ParamsError, UsageError
 
 WORK = Path(".work")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -109,7 +109,13 @@ def sibling(out: Path, purpose: str) -> Path:
 
 
 def put_in_place(built: Path, out: Path) -> None:
-    """Rename `built` to `out`. A folder cannot be renamed over another, so an old one steps aside first."""
+    """Rename `built` to `out`. A folder cannot be renamed over another, so an old one steps aside first.
+
+    Raises:
+        UsageError: A file would take the place of a folder, and of everything in it.
+    """
+    if built.is_file() and out.is_dir():
+        raise UsageError(str(out), "is a folder, and what is written is a file", f"write to {out / 'NAME'}")
     old = sibling(out, "old")
     discard(old)
     if out.is_dir():

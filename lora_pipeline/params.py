@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +44,17 @@ def _sorted_knots(knots: list[tuple[float, float]]) -> list[tuple[float, float]]
     return knots
 
 
+def _one_rule(rule: dict[str, float]) -> dict[str, float]:
+    kinds = sorted(set(rule) - {"max_rank"})
+    if len(kinds) != 1 or kinds[0] not in ("energy", "error", "ratio", "threshold"):
+        raise ValueError("one of energy, error, ratio and threshold with its value, and perhaps max_rank")
+    if not 0 < rule[kinds[0]] < (math.inf if kinds[0] == "threshold" else 1):
+        raise ValueError(f"{kinds[0]} is above 0{'' if kinds[0] == 'threshold' else ' and below 1'}")
+    if rule.get("max_rank", 1) < 1 or not rule.get("max_rank", 1.0).is_integer():
+        raise ValueError("max_rank is a whole number from 1")
+    return rule
+
+
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Float, Field(gt=0)]
 NotNegative = Annotated[Float, Field(ge=0)]
@@ -51,6 +63,8 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, AfterValidator(_name)]
 RelativePath = Annotated[str, Field(min_length=1), AfterValidator(_relative)]
+# How much of a layer's change to keep: a rank, or the fewest that leave a bounded loss, see adapters/ranks.py.
+RankChoice = AtLeastOne | Annotated[dict[str, Float], AfterValidator(_one_rule)]
 # YAML has lists where Python would have tuples.
 Knot = Annotated[tuple[Float, Float], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Knots = Annotated[list[Knot], Field(min_length=1), AfterValidator(_sorted_knots)]
@@ -105,7 +119,7 @@ class TrainParams(Section):
 class ExtractParams(Section):
     """The adapter's rank; null keeps the trained one."""
 
-    rank: AtLeastOne | None
+    rank: RankChoice | None
 
 
 class ConceptParams(Section):
@@ -121,10 +135,30 @@ class ConceptParams(Section):
     extract: ExtractParams
 
 
+class FitParams(Section):
+    """How the weights of a blend are learnt, see training/blending.py."""
+
+    granularity: Literal["adapter", "block", "column"]
+    prompts: dict[Text, Annotated[list[Text], Field(min_length=1)]]
+    draws: AtLeastOne
+    steps: Count
+    learning_rate: Positive
+    regularisation: NotNegative
+
+
 class BlendParams(Section):
-    """Adapters that become one."""
+    """Adapters that become one, see adapters/recipes.py."""
 
     weights: Annotated[dict[Name, Float], Field(min_length=1)]
+    text_encoder_weights: dict[Name, Float]
+    block_weights: dict[Name, dict[Text, Float] | list[Float]]
+    method: Literal["sum", "interpolate", "ties", "dare", "magnitude", "least_squares", "distill"]
+    path: list[Name] | None
+    at: Annotated[Float, Field(ge=0, le=1)] | None
+    density: Annotated[Float, Field(gt=0, le=1)] | None
+    fit: FitParams | None
+    rank: RankChoice | None
+    rename_tokens: bool
 
 
 class MergeParams(Section):
@@ -173,6 +207,12 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _blends_can_be_made(self) -> Params:
+        for name, blend in self.blends.items():
+            _makeable(f"params.yaml: blends.{name}", blend)
+        return self
+
+    @model_validator(mode="after")
     def _names_exist(self) -> Params:
         for section, recipes in (("blends", self.blends), ("merges", self.merges)):
             for name, recipe in recipes.items():
@@ -200,6 +240,48 @@ def _learnable(where: str, concept: ConceptParams) -> None:
         if train.prior_weight > 0 and concept.priors.count == 0:
             problem = f"is {train.prior_weight:g}, and priors.count is 0"
             raise ParamsError(f"{where}.train.prior_weight", problem, "write 0, or set priors.count above 0")
+
+
+# What else a blend's method needs; the others have no use for it.
+_NEEDED = {
+    "interpolate": {"path", "at"}, "ties": {"density"}, "dare": {"density"}, "magnitude": {"density"},
+    "least_squares": {"fit"}, "distill": {"fit"},
+}  # fmt: skip
+_EXAMPLES = {
+    "path": "the adapters' names in their order", "at": "0.5 for the middle", "density": "0.2 for a fifth",
+    "fit": "granularity, prompts, draws, steps, learning_rate and regularisation there",
+}  # fmt: skip
+
+
+def _makeable(where: str, blend: BlendParams) -> None:
+    for key, example in _EXAMPLES.items():
+        needed, given = key in _NEEDED.get(blend.method, ()), getattr(blend, key) is not None
+        if needed and not given:
+            raise ParamsError(f"{where}.{key}", f"is null, and method {blend.method} needs it", f"write {example}")
+        if given and not needed:
+            raise ParamsError(f"{where}.{key}", f"means nothing to method {blend.method}", "write null")
+    for key in ("text_encoder_weights", "block_weights"):
+        _known(f"{where.removeprefix('params.yaml: ')}.{key}", getattr(blend, key), blend.weights)
+    if blend.fit is not None:
+        _fittable(where, blend, blend.fit)
+    if blend.path is not None and sorted(blend.path) != sorted(blend.weights):
+        names = ", ".join(blend.weights)
+        raise ParamsError(f"{where}.path", f"is not an order of {names}", "name each of them once")
+
+
+def _fittable(where: str, blend: BlendParams, fit: FitParams) -> None:
+    if blend.block_weights:
+        raise ParamsError(f"{where}.block_weights", f"fixes what method {blend.method} learns", "write {}")
+    told = [name for scene in fit.prompts for name in scene.split("+")]
+    _known(f"{where.removeprefix('params.yaml: ')}.fit.prompts", told, blend.weights)
+    for name in blend.weights:
+        if name not in told:
+            raise ParamsError(f"{where}.fit.prompts", f"has none for {name!r}", "say there what it is for")
+    if blend.method == "distill" and fit.steps == 0:
+        raise ParamsError(f"{where}.fit.steps", "is 0, and method distill needs some", "write 200")
+    if blend.method == "least_squares" and fit.granularity == "column":
+        problem, fix = "column is not for method least_squares", "write adapter or block, or use method distill"
+        raise ParamsError(f"{where}.fit.granularity", problem, fix)
 
 
 def _known(where: str, names: Any, known: Any) -> None:
@@ -258,7 +340,7 @@ def _lower(text: str) -> str:
 
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """The keys of the file in pydantic's location, without the names of the validators it went through."""
-    inner = re.compile(r"[\[\](]|^(float|list|tuple|int|str|none)$")
+    inner = re.compile(r"[\[\](]|^(float|list|tuple|int|constrained-int|str|none)$")
     return [str(part) for part in loc if not (isinstance(part, str) and inner.search(part))]
 
 

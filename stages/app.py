@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from lora_pipeline.errors import PipelineError, ResourceError, Stopped, UsageError
+from lora_pipeline.errors import PipelineError, ResourceError, Stopped, UsageError, printable
 
 # Verb: what `lora-pipe --help` says of it. The verb's module is stages/<verb>.py and its function has its name.
 VERBS = {
@@ -21,11 +21,12 @@ VERBS = {
     "preprocess": "Raw pictures → squares with captions.",
     "priors": "Class pictures, drawn by the base.",
     "train": "Learn a concept from its pictures.",
-    "extract": "A training run's result → a portable adapter.",
+    "extract": "A run, a tuned model or a larger adapter → a portable adapter.",
     "compose": "Several adapters → one.",
     "merge": "Adapters into a copy of the base.",
     "render": "Pictures from prompts, with adapters and schedules.",
     "evaluate": "Score a set of pictures.",
+    "convert": "An adapter in another program's format.",
     "inspect": "Show what an adapter is and where it comes from.",
     "study": "Measure the methods over subjects and seeds.",
     "base": "Train, judge and score the embedded base.",
@@ -128,7 +129,7 @@ def told(error: BaseException) -> int:
             f"error: lora-pipe: a bug of ours: {type(error).__name__}: {error}\nfix: report it with {logged(error)}\n"
         )
     else:
-        words = f"error: {known.where}: {known.problem}\nfix: {known.fix}\n"
+        words = f"error: {printable(str(known))}\nfix: {printable(known.fix)}\n"
     sys.stderr.write(words)
     return known.exit_code if known else 1
 

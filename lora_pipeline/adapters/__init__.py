@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from lora_pipeline.adapters.adapter import Adapter
 
 
-def load_adapter(path: Path) -> Adapter:
+def load_adapter(path: Path, *, allow_pickle: bool = False) -> Adapter:
     """Reads an adapter of any known format, recognised by its header.
+
+    Args:
+        path: The file.
+        allow_pickle: Whether `.pt`, `.bin` and `.ckpt` files may be opened, by torch's weights-only reader.
 
     Raises:
         MissingError: No such file.
@@ -21,7 +25,7 @@ def load_adapter(path: Path) -> Adapter:
     """
     from lora_pipeline.adapters import formats
 
-    return formats.load(path)
+    return formats.load(path, allow_pickle=allow_pickle)
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:

@@ -1,57 +1,134 @@
-"""The adapter of a training run."""
+"""An adapter taken out of another: of a training run's result, or of a larger one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
-from lora_pipeline.adapters.adapter import Adapter, Json, check_base
+from lora_pipeline.adapters.adapter import Adapter, Json, check_base, check_understood
 from lora_pipeline.adapters.compression import truncate
 from lora_pipeline.adapters.lora import LoraFactors
-from lora_pipeline.errors import ParamsError
+from lora_pipeline.adapters.ranks import RankRule
+from lora_pipeline.errors import UsageError
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What became of one layer's change.
+
+    Args:
+        rank: Of the factors.
+        norm: The Frobenius norm of the whole change ΔW.
+        residual: ||ΔW - ΔW'|| / ||ΔW||.
+    """
+
+    rank: int
+    norm: float
+    residual: float
+
+    @property
+    def energy(self) -> float:
+        """||ΔW'||² / ||ΔW||², which is the share of the squared singular values that is kept."""
+        return 1.0 - self.residual**2
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """An adapter, and what the cut to its rank cost.
+    """An adapter, and what it leaves out.
 
     Args:
         adapter: The adapter.
-        residuals: By target, ||ΔW - ΔW'|| / ||ΔW|| in [0, 1].
-        residual: The same over all targets together.
+        layers: By target, what was kept of its change.
+        left_out: By parameter name, the norms of changes that factors cannot hold, or that were not asked for.
     """
 
     adapter: Adapter
-    residuals: Mapping[str, float]
-    residual: float
+    layers: Mapping[str, Cut]
+    left_out: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def residual(self) -> float:
+        """||ΔW - ΔW'|| / ||ΔW|| over all layers together; what was left out is no part of it."""
+        return residual(self.layers)
+
+    @property
+    def left_out_share(self) -> float:
+        """The share of the squares of all changes that was left out, in [0, 1]."""
+        out = math.fsum(norm**2 for norm in self.left_out.values())
+        total = out + math.fsum(cut.norm**2 for cut in self.layers.values())
+        return out / total if total else 0.0
 
 
-def extract(tuned: Adapter, base: str, rank: int | None, provenance: Mapping[str, Json]) -> Extraction:
-    """Takes the adapter out of a training run's result.
+def residual(layers: Mapping[str, Cut]) -> float:
+    """The relative residual of several layers together."""
+    lost = math.fsum((cut.residual * cut.norm) ** 2 for cut in layers.values())
+    total = math.fsum(cut.norm**2 for cut in layers.values())
+    return math.sqrt(lost / total) if total else 0.0
+
+
+def extract(
+    source: Adapter,
+    rule: RankRule | None,
+    provenance: Mapping[str, Json],
+    *,
+    base: str | None = None,
+    alpha: float | None = None,
+    advance: Advance = lambda _done: None,
+) -> Extraction:
+    """Takes an adapter out of another one.
 
     Args:
-        tuned: What training wrote.
-        base: The fingerprint of the base it should have been trained on.
-        rank: Cut every layer to this rank; None keeps the trained rank.
-        provenance: Added to what training recorded.
+        source: What training wrote, or any other adapter.
+        rule: How much of each layer to keep; None keeps all.
+        provenance: Added to the source's.
+        base: The fingerprint of the base it should have been made for; None asks for no particular one.
+        alpha: What alpha every layer should have, by rescaling; None gives cut layers alpha = rank.
+        advance: Told how many layers are done.
 
     Raises:
-        CorruptError: Trained on another base.
-        ParamsError: The rank is below 1.
+        CorruptError: Made for another base, or no plain adapter and to be cut.
+        UsageError: An alpha that is not above 0.
     """
-    if rank is not None and rank < 1:
-        raise ParamsError("extract.rank", f"{rank} is below 1", "use 1 or more, or null to keep the trained rank")
-    check_base("tuned", tuned, base)
+    if base is not None:
+        check_base("tuned", source, base)
+    if rule is not None:
+        check_understood("tuned", source)
+    check_alpha(alpha)
     factors: dict[str, LoraFactors] = {}
-    residuals: dict[str, float] = {}
-    lost, total = 0.0, 0.0
-    for target, trained in tuned.factors.items():
-        factors[target], residuals[target] = truncate(trained, rank if rank is not None else trained.rank)
-        energy = squared_norm(trained)
-        lost, total = lost + residuals[target] ** 2 * energy, total + energy
-    residual = (lost / total) ** 0.5 if total else 0.0
-    document = {**tuned.provenance, **provenance, "base": base, "residual": round(residual, 6)}
-    return Extraction(Adapter(factors, tuned.embeddings, document), residuals, residual)
+    layers: dict[str, Cut] = {}
+    for done, (target, trained) in enumerate(source.factors.items(), 1):
+        cut, lost = truncate(trained, rule) if rule is not None else (trained, 0.0)
+        factors[target] = cut if alpha is None else with_alpha(cut, alpha)
+        layers[target] = Cut(cut.rank, math.sqrt(max(0.0, squared_norm(trained))), lost)
+        advance(done)
+    document = {**source.provenance, **provenance, "residual": round(residual(layers), 6)}
+    if base is not None:
+        document["base"] = base
+    return Extraction(replace(source, factors=factors, provenance=document), layers)
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Refuses an alpha that factors cannot be rescaled to.
+
+    Raises:
+        UsageError: It is not a finite number above 0.
+    """
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UsageError("--alpha", f"{alpha:g} is not above 0", "use a number such as the rank, or leave it out")
+
+
+def with_alpha(factors: LoraFactors, alpha: float) -> LoraFactors:
+    """The same change as factors of another alpha, both scaled alike: some programs expect a certain one.
+
+    Args:
+        factors: Any factors.
+        alpha: Above 0.
+    """
+    gain = math.sqrt(abs(factors.alpha) / alpha)
+    return LoraFactors(factors.down.float() * gain, factors.up.float() * math.copysign(gain, factors.alpha), alpha)
 
 
 def squared_norm(factors: LoraFactors) -> float:

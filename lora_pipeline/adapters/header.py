@@ -12,16 +12,20 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lora_pipeline.errors import CorruptError, MissingError
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_DIMENSIONS = 8
+_MAX_NUMBERS = 2**48
 BYTES_PER_ELEMENT = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+_ZIP = b"PK\x03\x04"
+_ZIP_NAME = 512  # enough of a zip archive to read its first file's name
+_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _METADATA = "__metadata__"
 _FIX = "get the file again, or make it again"
 
@@ -51,10 +55,10 @@ def read_header(path: Path) -> Header:
         MissingError: No such file.
         CorruptError: Not a safetensors file, or one whose header contradicts its size or itself.
     """
-    size = _regular_file_size(path)
+    size = regular_file_size(path)
     with path.open("rb") as file:
         beginning = file.read(8)
-        _refuse_other_kinds(path, beginning)
+        _refuse_other_kinds(path, beginning, file)
         length = struct.unpack("<Q", beginning)[0]
         if length > MAX_HEADER_BYTES:
             raise CorruptError(str(path), f"is no safetensors file: a header of {length} bytes is announced", _FIX)
@@ -67,7 +71,13 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
-def _regular_file_size(path: Path) -> int:
+def regular_file_size(path: Path) -> int:
+    """The size of a file in bytes.
+
+    Raises:
+        MissingError: No such file.
+        CorruptError: A folder, or a device, pipe or socket.
+    """
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -79,14 +89,50 @@ def _regular_file_size(path: Path) -> int:
     return status.st_size
 
 
-def _refuse_other_kinds(path: Path, beginning: bytes) -> None:
+def _refuse_other_kinds(path: Path, beginning: bytes, file: BinaryIO) -> None:
+    """Says what it is where it is something people mistake for a safetensors file."""
     if not beginning:
         raise CorruptError(str(path), "is empty", _FIX)
-    if beginning.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    if _begins_pickle(beginning, file):
         problem = "is a pickle (.pt, .bin, .ckpt), which can run code when it is read"
-        raise CorruptError(str(path), problem, "get the safetensors version of it")
+        fix = "get the safetensors version of it, or trust it: lora-pipe convert IN OUT --allow-pickle"
+        raise CorruptError(str(path), problem, fix)
+    if beginning.startswith(_ZIP):
+        raise CorruptError(str(path), "is a zip archive", "unpack it, and give the safetensors file inside")
+    if beginning.startswith(b"version "):
+        problem = "is a git-lfs pointer: the place of a file, not the file"
+        raise CorruptError(str(path), problem, "fetch the file itself: git lfs pull")
+    if beginning.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml", b"<head")):
+        problem = "is a web page: a site answered with words instead of the file"
+        raise CorruptError(str(path), problem, "download it again, logged in if the site asks for it")
     if len(beginning) < 8:
         raise CorruptError(str(path), f"is truncated: {len(beginning)} bytes", _FIX)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as a pickle, bare or in an archive as torch writes it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _begins_pickle(file.read(8), file)
+
+
+def _begins_pickle(beginning: bytes, file: BinaryIO) -> bool:
+    if beginning.startswith(_ZIP):
+        return _holds_pickle(file.read(_ZIP_NAME))
+    a_length = beginning[3:] == bytes(5)  # a header of 640, 896, 1152 or 1408 bytes begins like a pickle
+    return beginning.startswith(_PICKLES) and not a_length
+
+
+def _holds_pickle(rest: bytes) -> bool:
+    """Whether a zip archive is one of torch's, by its first file's name.
+
+    Args:
+        rest: What follows the archive's first 8 bytes (APPNOTE.TXT 4.3.7: the name's length at 26, the name at 30).
+    """
+    length = int.from_bytes(rest[18:20], "little")
+    name = rest[22 : 22 + length]
+    return name.endswith((b"/data.pkl", b"/.format_version", b"/byteorder", b"/version"))
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
@@ -125,6 +171,8 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
         raise CorruptError(where, f"unknown dtype {dtype!r}", f"use one of {', '.join(BYTES_PER_ELEMENT)}")
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
         raise CorruptError(where, f"its shape {shape!r:.80} or offsets {offsets!r:.80} cannot be", _FIX)
+    if math.prod(max(length, 1) for length in shape) >= _MAX_NUMBERS:  # no bytes, and yet beyond what torch counts
+        raise CorruptError(where, f"its shape {shape!r:.80} cannot be", _FIX)
     start, stop = offsets
     expected = math.prod(shape) * BYTES_PER_ELEMENT[dtype]
     if stop - start != expected:

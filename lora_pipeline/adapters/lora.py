@@ -24,7 +24,7 @@ class LoraFactors:
         alpha: Any finite number; the change is multiplied by alpha / rank.
 
     Raises:
-        CorruptError: The shapes do not belong together, or alpha is not finite.
+        CorruptError: The shapes do not belong together, the numbers are not floating-point, or alpha is not finite.
     """
 
     down: Tensor
@@ -33,10 +33,20 @@ class LoraFactors:
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
-        fits = len(down) in (2, 4) and len(up) == len(down) and up[1] == down[0] > 0 and set(up[2:]) <= {1}
+        fits = (
+            len(down) in (2, 4)
+            and len(up) == len(down)
+            and up[1] == down[0]
+            and set(up[2:]) <= {1}
+            and 0 not in down + up
+        )
         if not fits:
             problem = f"down {down} and up {up} do not belong together"
             raise CorruptError("factors", problem, "use a file with (rank, in) and (out, rank) factors of one rank")
+        whole = [str(each.dtype) for each in (self.down, self.up) if not each.is_floating_point()]
+        if whole:
+            problem = f"are whole numbers ({whole[0].removeprefix('torch.')}), of which nobody knows the scale"
+            raise CorruptError("factors", problem, "use a float32, float16, bfloat16 or float8 version of the file")
         if not math.isfinite(self.alpha):
             raise CorruptError("factors", f"alpha is {self.alpha}", "use a finite alpha")
 
@@ -108,3 +118,11 @@ def concatenated(parts: list[tuple[LoraFactors, float]]) -> LoraFactors:
     down = torch.cat([factors.down.float() for factors, _ in parts])
     up = torch.cat([factors.up.float() * (weight * factors.scale) for factors, weight in parts], dim=1)
     return LoraFactors(down, up, alpha=float(down.shape[0]))
+
+
+def times_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A full matrix (m, n) as a product (m, rank) · (rank, n) with an identity on its shorter side: exact."""
+    rows, columns = matrix.shape
+    if columns <= rows:
+        return matrix, torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
+    return torch.eye(rows, dtype=matrix.dtype, device=matrix.device), matrix

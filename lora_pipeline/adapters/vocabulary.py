@@ -38,12 +38,7 @@ def with_tokens(tokenizer: Path, names: Sequence[str]) -> tuple[int, dict[str, s
         MissingError: Neither file is there.
         CorruptError: One of them cannot be read.
     """
-    documents = {
-        name: _read(tokenizer / name) for name in (TOKENIZER, VOCABULARY, ADDED) if (tokenizer / name).exists()
-    }
-    if TOKENIZER not in documents and VOCABULARY not in documents:
-        fix = f"give a base with {TOKENIZER} or {VOCABULARY}"
-        raise MissingError(str(tokenizer), "holds no vocabulary", fix)
+    documents = _documents(tokenizer)
     known = _known_ids(tokenizer, documents)
     lowered = {word.lower() for word in known}
     for name in names:
@@ -63,10 +58,48 @@ def with_tokens(tokenizer: Path, names: Sequence[str]) -> tuple[int, dict[str, s
     return first, {name: json.dumps(each, indent=2, ensure_ascii=False) + "\n" for name, each in changed.items()}
 
 
+def new_tokens(base: Path, tuned: Path) -> dict[str, list[int]]:
+    """The tokens that one tokenizer has and another has not.
+
+    Args:
+        base: The folder of the one that has not.
+        tuned: The folder of the one that has.
+
+    Returns:
+        The ids of each token's vectors; `<zorp>` and `<zorp>_1` are two vectors of one token.
+
+    Raises:
+        MissingError, CorruptError: See `with_tokens`.
+    """
+    known = _known_ids(base, _documents(base))
+    new = {name: index for name, index in _known_ids(tuned, _documents(tuned)).items() if name not in known}
+    tokens = {}
+    for name in sorted(new):
+        vectors = next(count for count in range(1, len(new) + 1) if f"{name}_{count}" not in new)
+        tokens[name] = token_names(name, vectors)
+    later = {name for names in tokens.values() for name in names[1:]}
+    return {token: [new[name] for name in names] for token, names in tokens.items() if token not in later}
+
+
 def _added(name: str, index: int) -> dict[str, Any]:
     """What transformers' `add_tokens` writes; normalised, so that case does not matter."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
     return {"id": index, "content": name, **flags}
+
+
+def _documents(tokenizer: Path) -> dict[str, Any]:
+    """The files that tell a tokenizer's vocabulary.
+
+    Raises:
+        MissingError: There is none.
+    """
+    documents = {
+        name: _read(tokenizer / name) for name in (TOKENIZER, VOCABULARY, ADDED) if (tokenizer / name).exists()
+    }
+    if TOKENIZER not in documents and VOCABULARY not in documents:
+        fix = f"give a base with {TOKENIZER} or {VOCABULARY}"
+        raise MissingError(str(tokenizer), "holds no vocabulary", fix)
+    return documents
 
 
 def _read(path: Path) -> Any:

@@ -1,6 +1,6 @@
 """Adapters into a live model, out of it, and folded into its weights.
 
-`prefix` is `unet` or `text_encoder`; targets are full target names (see `adapters.targets`), whether or not the live
+`prefix` is one of `targets.MODELS`; targets are full target names (see `adapters.targets`), whether or not the live
 text encoder has a `text_model` level.
 """
 
@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.adapter import Adapter, check_family, check_understood
 from lora_pipeline.adapters.lora import LoraFactors, fitted
 from lora_pipeline.adapters.targets import root, target_of
 from lora_pipeline.errors import CorruptError, ParamsError
@@ -27,8 +27,8 @@ def select_targets(model: nn.Module, prefix: str, globs: Sequence[str]) -> list[
 
     Args:
         model: A UNet or a text encoder.
-        prefix: `unet` or `text_encoder`.
-        globs: Over module paths below `unet.` or `text_encoder.text_model.`; `*` crosses dots.
+        prefix: One of `targets.MODELS`.
+        globs: Over module paths below `targets.root(prefix)`; `*` crosses dots.
 
     Returns:
         Target names, in the model's order.
@@ -79,13 +79,15 @@ def inject_new(
 
 
 def inject_adapter(model: nn.Module, prefix: str, adapter: Adapter, name: str) -> None:
-    """Adds an adapter's branches for this model, frozen; its factors for the other model are passed over.
+    """Adds an adapter's branches for this model, frozen; its factors for other models are passed over.
 
     Raises:
         CorruptError: A target the model does not have, or factors of another shape. The model is unchanged then.
     """
+    check_understood(name, adapter)
     _refuse_taken_name(model, name)
     layers = _layers(model, prefix)
+    check_family(name, adapter, {target: tuple(_base(model, path).weight.shape) for target, path in layers.items()})
     mine = {}
     for target, factors in adapter.factors.items():
         if not target.startswith(root(prefix)):

@@ -73,6 +73,10 @@ class InjectedLayer(nn.Module):
         """The output with one branch's change added."""
         raise NotImplementedError
 
+    def product(self, inputs: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """up(down(inputs)), of the output's shape and the factors' dtype."""
+        raise NotImplementedError
+
 
 class LoraInjectedLinear(InjectedLayer):
     """A linear layer with branches: (..., in) -> (..., out)."""
@@ -88,6 +92,10 @@ class LoraInjectedLinear(InjectedLayer):
         changes = hidden.reshape(-1, hidden.shape[-1])
         return torch.addmm(rows, changes, branch.up.t(), alpha=branch.gain).view(output.shape)
 
+    def product(self, inputs: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """(..., in) by `down` (rank, in) and `up` (out, rank) -> (..., out)."""
+        return F.linear(F.linear(inputs.to(down.dtype), down), up)
+
 
 class LoraInjectedConv2d(InjectedLayer):
     """A convolution with branches: `down` has its kernel, stride, padding, dilation and groups, `up` is 1 x 1."""
@@ -96,10 +104,14 @@ class LoraInjectedConv2d(InjectedLayer):
 
     def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
         """`output` (n, out, h, w) plus the branch's change for `inputs`, in the dtype of `output`."""
-        groups = self.base.groups
-        down = branch.down.repeat(groups, 1, 1, 1) if groups > 1 else branch.down
-        hidden = self.base._conv_forward(inputs.to(down.dtype), down, None)  # knows every padding mode
-        change = F.conv2d(hidden, branch.up, groups=groups)
+        change = self.product(inputs, branch.down, branch.up)
         if output.dtype != change.dtype:
             return (output.float() + branch.gain * change).to(output.dtype)
         return torch.add(output, change, alpha=branch.gain)
+
+    def product(self, inputs: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """(n, in, h, w) by `down` (rank, in / groups, kernel) and `up` (out, rank, 1, 1) -> (n, out, h', w')."""
+        groups = self.base.groups
+        down = down.repeat(groups, 1, 1, 1) if groups > 1 else down
+        hidden = self.base._conv_forward(inputs.to(down.dtype), down, None)  # knows every padding mode
+        return F.conv2d(hidden, up, groups=groups)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lora_pipeline.adapters.ranks import rank_rule
 from lora_pipeline.errors import MissingError, ParamsError
 from lora_pipeline.params import Params, load_params
 from lora_pipeline.yaml_file import LARGEST_BYTES, read_yaml
@@ -32,6 +34,16 @@ def write(tmp_path: Path) -> Write:
 def edited(old: str, new: str) -> str:
     assert old in SHIPPED
     return SHIPPED.replace(old, new, 1)
+
+
+def with_blend(edits: dict[str, str]) -> str:
+    """The shipped file with other values in its blend."""
+    start = SHIPPED.index("blends:")
+    before, blend = SHIPPED[:start], SHIPPED[start:]
+    for key, value in edits.items():
+        blend, count = re.subn(rf"^    {key}: (\{{\}}|\S+)", f"    {key}: {value}", blend, count=1, flags=re.MULTILINE)
+        assert count == 1
+    return before + blend
 
 
 def refusal(path: Path) -> ParamsError:
@@ -64,8 +76,23 @@ def test_params_cannot_be_changed(write: Write) -> None:
         ("alpha: 8.0", "alpha: 1e999", "concepts.zorp.train.alpha", "finite"),
         ("caption_dropout: 0.0", "caption_dropout: 1.0", "concepts.zorp.train.caption_dropout", "less than 1"),
         ("[0.2, 0.0], [0.5, 1.1]", "[0.5, 0.0], [0.2, 1.1]", "renders.schedule.weights.sticker", "rising"),
+        ("rank: null  ", "rank: 0  ", "concepts.zorp.extract.rank", "1, found 0"),
+        ("rank: null  ", "rank: {energy: 1.5}  ", "concepts.zorp.extract.rank", "above 0 and below 1"),
+        ("rank: null  ", "rank: {energy: 0.0}  ", "concepts.zorp.extract.rank", "above 0 and below 1"),
+        ("rank: null  ", "rank: {energy: 0.9, error: 0.1}  ", "concepts.zorp.extract.rank", "one of energy, error"),
+        ("rank: null  ", "rank: {max_rank: 4}  ", "concepts.zorp.extract.rank", "one of energy, error"),
+        ("rank: null  ", "rank: {error: 0.1, max_rank: 4.5}  ", "concepts.zorp.extract.rank", "a whole number"),
+        ("rank: null  ", "rank: {error: 0.1, max_rank: 0}  ", "concepts.zorp.extract.rank", "a whole number"),
+        ("rank: null  ", "rank: {threshold: 0}  ", "concepts.zorp.extract.rank", "threshold is above 0"),
+        ("rank: null  ", "rank: four  ", "concepts.zorp.extract.rank", "found 'four'"),
+        ("rank: null  ", "rank: {enrgy: 0.9}  ", "concepts.zorp.extract.rank", "one of energy, error"),
         ("base: models/base", "base: ../base", "base", "inside the project"),
         ("zorp-sticker:\n    weights", "v1.5:\n    weights", "blends.v1.5", "a name is letters"),
+        ("method: sum ", "method: mean ", "blends.zorp-sticker.method", "found 'mean'"),
+        ("density: null", "density: 1.5", "blends.zorp-sticker.density", "1, found 1.5"),
+        ("rank: null              # as", "rank: 0  # as", "blends.zorp-sticker.rank", "1, found 0"),
+        ("rank: null              # as", "rank: {error: 2}  # as", "blends.zorp-sticker.rank", "below 1"),
+        ("block_weights: {} ", "block_weights: {zorp: {IN04: no}} ", "block_weights.zorp.IN04", "found 'no'"),
     ],
 )
 def test_a_value_that_cannot_be_is_told_by_its_key(write: Write, old: str, new: str, key: str, said: str) -> None:
@@ -106,6 +133,62 @@ def test_a_method_needs_what_it_learns(write: Write, old: str, new: str, key: st
     assert error.where == f"params.yaml: {key}"
 
 
+def fitted(change: str = "draws: 2") -> str:
+    """A blend's `fit` with one of its keys changed."""
+    values = {
+        "granularity": "block", "prompts": "{zorp: [a <zorp>], sticker: [a sticker]}", "draws": "6", "steps": "100",
+        "learning_rate": "0.02", "regularisation": "0.01",
+    }  # fmt: skip
+    key, _, value = change.partition(": ")
+    return "{" + ", ".join(f"{each}: {told}" for each, told in (values | {key: value}).items()) + "}"
+
+
+@pytest.mark.parametrize(
+    ("edits", "key"),
+    [
+        ({"method": "interpolate", "at": "0.5"}, "path"),
+        ({"method": "interpolate", "path": "[sticker, zorp]"}, "at"),
+        ({"method": "interpolate", "path": "[zorp]", "at": "0.5"}, "path"),
+        ({"method": "interpolate", "path": "[zorp, zorp]", "at": "0.5"}, "path"),
+        ({"method": "interpolate", "path": "[zorp, sticker]", "at": "0.5", "density": "0.5"}, "density"),
+        ({"method": "ties"}, "density"),
+        ({"method": "dare", "density": "0.5", "path": "[zorp, sticker]"}, "path"),
+        ({"at": "0.5"}, "at"),
+        ({"text_encoder_weights": "{mimo: 1}"}, "text_encoder_weights"),
+        ({"block_weights": "{mimo: {M00: 1}}"}, "block_weights"),
+        ({"method": "distill"}, "fit"),
+        ({"fit": fitted()}, "fit"),
+        ({"method": "distill", "fit": fitted(), "density": "0.5"}, "density"),
+        ({"method": "distill", "fit": fitted(), "block_weights": "{zorp: {M00: 1}}"}, "block_weights"),
+        ({"method": "distill", "fit": fitted("prompts: {zorp: [a]}")}, "fit.prompts"),
+        ({"method": "distill", "fit": fitted("prompts: {zorp: [a], sticker: [a], mimo: [a]}")}, "fit.prompts"),
+        ({"method": "distill", "fit": fitted("prompts: {zorp: [a], sticker: []}")}, "fit.prompts.sticker"),
+        ({"method": "distill", "fit": fitted("steps: 0")}, "fit.steps"),
+        ({"method": "distill", "fit": fitted("learning_rate: 0")}, "fit.learning_rate"),
+        ({"method": "least_squares", "fit": fitted("granularity: column")}, "fit.granularity"),
+        ({"method": "least_squares", "fit": fitted("granularity: layer")}, "fit.granularity"),
+    ],
+)
+def test_a_blend_has_what_its_method_needs_and_nothing_else(write: Write, edits: dict[str, str], key: str) -> None:
+    assert refusal(write(with_blend(edits))).where == f"params.yaml: blends.zorp-sticker.{key}"
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"method": "interpolate", "path": "[sticker, zorp]", "at": "0"},
+        {"method": "ties", "density": "0.2", "rank": "8"},
+        {"method": "distill", "fit": fitted("granularity: column"), "rank": "8"},
+        {"method": "least_squares", "fit": fitted("steps: 0")},
+        {"method": "dare", "density": "1", "rank": "{energy: 0.9, max_rank: 8}"},
+        {"text_encoder_weights": "{zorp: -1}", "block_weights": "{zorp: [1, 0.5], sticker: {M00: 0, '*attn2*': -1}}"},
+    ],
+)
+def test_a_blend_may_be_of_any_method(write: Write, edits: dict[str, str]) -> None:
+    blend = load_params(write(with_blend(edits))).blends["zorp-sticker"]
+    assert blend.method == edits.get("method", "sum")
+
+
 def test_a_wrong_choice_names_the_nearest(write: Write) -> None:
     assert "'pti'" in refusal(write(edited("method: pti", "method: ptti"))).fix
 
@@ -132,6 +215,13 @@ def test_no_key_has_a_default(write: Write) -> None:
         del section[path[-1]]
         with pytest.raises(ValidationError, match="Field required"):
             Params.model_validate(content)
+
+
+@pytest.mark.parametrize("choice", ["null", "4", "{energy: 0.95}", "{error: 0.1, max_rank: 16}", "{threshold: 2}"])
+def test_an_adapters_rank_is_a_number_or_a_rule(write: Write, choice: str) -> None:
+    rank = load_params(write(edited("rank: null  ", f"rank: {choice}  "))).concepts["zorp"].extract.rank
+    assert rank == read_yaml(write(f"rank: {choice}"))["rank"]
+    rank_rule(rank)  # has a meaning
 
 
 @pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "1.0E-4", "0.0001", "1e-04", "+.0001"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_pipeline.adapters import load_adapter
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.formats import diffusers, save
+from lora_pipeline.adapters.formats import save
 from lora_pipeline.adapters.merging import merge
 from lora_pipeline.injection.inject import inject_adapter, set_weights
 from lora_pipeline.injection.tokens import add_placeholder, expand, initial_rows, remove
@@ -49,7 +49,7 @@ def assert_same_predictions(one: Any, other: Any, prompt: str) -> None:
 
 def test_diffusers_loads_our_file_and_says_the_same(tmp_path: Path, pipeline: Load, make_adapter: Make) -> None:
     adapter = make_adapter(1, {"<zorp>": 2})
-    save(adapter, tmp_path / "pytorch_lora_weights.safetensors", diffusers)
+    save(adapter, tmp_path / "pytorch_lora_weights.safetensors", "diffusers")
     theirs = pipeline()
     theirs.load_lora_weights(tmp_path)
     for token, rows in adapter.embeddings.items():

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.adapters.compression import truncate
-from lora_pipeline.adapters.extraction import extract, squared_norm
+from lora_pipeline.adapters.extraction import squared_norm
 from lora_pipeline.adapters.lora import LoraFactors
-from lora_pipeline.errors import CorruptError, ParamsError
+from lora_pipeline.adapters.ranks import RankRule
 
 
 @pytest.fixture(params=[(), (3, 3)])
@@ -22,7 +21,7 @@ def factors(request: pytest.FixtureRequest, generator: torch.Generator) -> LoraF
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_the_cut_is_the_best_of_its_rank(factors: LoraFactors, rank: int) -> None:
-    cut, residual = truncate(factors, rank)
+    cut, residual = truncate(factors, RankRule("rank", rank))
     delta = factors.delta().double()
     values = torch.linalg.svdvals(delta.flatten(1))
     best = float(values[rank:].norm() / values.norm())
@@ -33,44 +32,16 @@ def test_the_cut_is_the_best_of_its_rank(factors: LoraFactors, rank: int) -> Non
 
 
 def test_a_rank_there_already_is_changes_nothing(factors: LoraFactors) -> None:
-    cut, residual = truncate(factors, 6)
+    cut, residual = truncate(factors, RankRule("rank", 6))
     assert cut is factors
     assert residual == 0.0
 
 
 def test_factors_that_change_nothing_have_no_residual() -> None:
-    cut, residual = truncate(LoraFactors(torch.ones(3, 4), torch.zeros(5, 3), 1.0), 1)
+    cut, residual = truncate(LoraFactors(torch.ones(3, 4), torch.zeros(5, 3), 1.0), RankRule("energy", 0.9))
     assert residual == 0.0
     assert not cut.delta().any()
 
 
 def test_the_norm_needs_no_full_change(factors: LoraFactors) -> None:
     assert squared_norm(factors) == pytest.approx(float(factors.delta().double().norm()) ** 2, rel=1e-5)
-
-
-def test_extraction_reports_the_residual_over_all_targets(factors: LoraFactors) -> None:
-    small = LoraFactors(torch.eye(4), torch.eye(4), 4.0)
-    tuned = Adapter({"unet.a": factors, "unet.b": small}, provenance={"base": "b", "data": "d"})
-    extraction = extract(tuned, "b", 2, {"code": "1"})
-    before = torch.cat([each.delta().flatten() for each in tuned.factors.values()])
-    after = torch.cat([each.delta().flatten() for each in extraction.adapter.factors.values()])
-    assert extraction.residual == pytest.approx(float((before - after).norm() / before.norm()), rel=1e-4)
-    assert extraction.residuals["unet.b"] == pytest.approx(0.5**0.5)
-    assert extraction.adapter.provenance["data"] == "d"
-    assert extraction.adapter.provenance["code"] == "1"
-
-
-def test_extraction_keeps_the_trained_rank_and_the_tokens(factors: LoraFactors) -> None:
-    tuned = Adapter({"unet.a": factors}, {"<a>": torch.ones(1, 4)})
-    adapter = extract(tuned, "b", None, {}).adapter
-    assert adapter.factors["unet.a"] is factors
-    assert torch.equal(adapter.embeddings["<a>"], torch.ones(1, 4))
-    assert adapter.provenance["base"] == "b"
-
-
-def test_extraction_refuses_another_base_and_rank_zero(factors: LoraFactors) -> None:
-    tuned = Adapter({"unet.a": factors}, provenance={"base": "other"})
-    with pytest.raises(CorruptError, match="base"):
-        extract(tuned, "b", None, {})
-    with pytest.raises(ParamsError, match="rank"):
-        extract(Adapter({"unet.a": factors}), "b", 0, {})

@@ -1,4 +1,4 @@
-"""Both file formats: what goes in comes out, and what is wrong is refused by name."""
+"""All file formats: what goes in comes out, and what is wrong is refused by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from lora_pipeline.adapters import load_adapter, save_adapter
 from lora_pipeline.adapters.adapter import Adapter, check_base
-from lora_pipeline.adapters.formats import FORMATS, Format, diffusers, native, save
+from lora_pipeline.adapters.formats import WRITERS, diffusers, native, save
 from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.storage import write_tensors
 from lora_pipeline.errors import CorruptError
@@ -21,6 +21,9 @@ from lora_pipeline.errors import CorruptError
 Make = Callable[..., Adapter]
 TARGET = "unet.mid_block.attentions.0.to_q"
 GOLDEN = "21da6214721636185e725b3ac56c3cd96e667111e478c7fb9b781266c944bed5"
+
+# They hold the layers of some bases, or no layers, and have tests of their own.
+PARTIAL = {"cloneofsimo", "learned_embeds", "emb_params", "a1111"}
 
 
 def assert_same(one: Adapter, other: Adapter) -> None:
@@ -35,15 +38,15 @@ def assert_same(one: Adapter, other: Adapter) -> None:
     assert one.provenance == other.provenance
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.NAME)
-def test_every_format_gives_back_what_it_was_given(tmp_path: Path, make_adapter: Make, form: Format) -> None:
+@pytest.mark.parametrize("form", sorted(WRITERS.keys() - PARTIAL))
+def test_every_format_gives_back_what_it_was_given(tmp_path: Path, make_adapter: Make, form: str) -> None:
     adapter = make_adapter(3, tokens=("<a>", "b.c"), base="b")
     save(adapter, tmp_path / "x", form)
     assert_same(load_adapter(tmp_path / "x"), adapter)
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.NAME)
-def test_an_adapter_may_be_tokens_only(tmp_path: Path, form: Format) -> None:
+@pytest.mark.parametrize("form", sorted(WRITERS.keys() - PARTIAL))
+def test_an_adapter_may_be_tokens_only(tmp_path: Path, form: str) -> None:
     adapter = Adapter({}, {"<a>": torch.ones(1, 4)})
     save(adapter, tmp_path / "x", form)
     assert_same(load_adapter(tmp_path / "x"), adapter)
@@ -74,7 +77,10 @@ def broken_native(change: Callable[[dict[str, torch.Tensor], dict[str, object]],
         lambda _, document: document.update(alphas=[]),
         lambda _, document: document["alphas"].update({TARGET: "1"}),
         lambda _, document: document["alphas"].update({TARGET: math.nan}),
+        lambda _, document: document["alphas"].update({TARGET: 10**400}),
         lambda _, document: document.update(provenance=[]),
+        lambda _, document: document.update(provenance={"loss": math.nan}),
+        lambda _, document: document.update(provenance={"loss": math.inf}),
         lambda tensors, _: tensors.update({"embedding.<a>": torch.ones(3)}),
     ],
 )
@@ -98,7 +104,7 @@ def test_a_file_of_no_format_is_refused(tmp_path: Path) -> None:
         ("unet.a.lora_A.weight",),
         ("unet.a.lora_A.weight", "unet.b.lora_B.weight"),
         ("unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.lora_magnitude_vector"),
-        ("text_encoder_2.a.lora_A.weight", "text_encoder_2.a.lora_B.weight"),
+        ("text_encoder_3.a.lora_A.weight", "text_encoder_3.a.lora_B.weight"),
     ],
 )
 def test_a_broken_diffusers_file_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from lora_pipeline.adapters import merging
 from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.checkpoints import slots
 from lora_pipeline.adapters.composition import compose
 from lora_pipeline.adapters.fingerprint import base_fingerprint
 from lora_pipeline.adapters.header import TensorEntry
@@ -235,6 +236,27 @@ def test_one_tensor_is_in_memory_at_a_time(
         seen.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(merging, "read_tensor", read)
-    merge(make_base(), [("a", make_adapter(1), 1.0)], tmp_path / "out", None)
-    assert len(seen) == 6
+    monkeypatch.setattr(slots, "read_tensor", read)
+    merge(make_base(), [("a", make_adapter(1), 1.0)], tmp_path / "out", "float32")
+    assert len(seen) == 5  # all but position_ids, which keep their dtype
+
+
+def test_tokens_of_sdxl_go_into_both_text_encoders(tmp_path: Path, make_base: MakeBase) -> None:
+    base = make_base()
+    table = torch.ones(4, 6)
+    write_tensors(
+        base / "text_encoder_2/model.safetensors", {"text_model.embeddings.token_embedding.weight": table}, {}
+    )
+    (base / "text_encoder_2" / "config.json").write_text("{}")
+    shutil.copytree(base / "tokenizer", base / "tokenizer_2")
+    rows, rows_2 = torch.full((2, 8), 2.0), torch.full((2, 6), 3.0)
+    merge(base, [("a", Adapter({}, {"<a>": rows}, embeddings_2={"<a>": rows_2}), 1.0)], tmp_path / "out", None)
+    second = read_tensors(tmp_path / "out/text_encoder_2/model.safetensors")[0]
+    merged = second["text_model.embeddings.token_embedding.weight"]
+    assert torch.equal(merged, torch.cat([table, rows_2]))
+    words = [(tmp_path / "out" / name / "tokenizer.json").read_bytes() for name in ("tokenizer", "tokenizer_2")]
+    assert words[0] == words[1]
+    assert b"<a>_1" in words[0]
+    for adapter in (Adapter({}, {"<a>": rows}), Adapter({}, {"<a>": rows}, embeddings_2={"<b>": rows_2})):
+        with pytest.raises(CorruptError, match="text encoders"):
+            merge(base, [("a", adapter, 1.0)], tmp_path / "again", None)

@@ -86,6 +86,7 @@ DAMAGED = {
     "empty": b"",
     "seven bytes": b"1234567",
     "pickle": pickle.dumps({"a": 1}) + b"x" * 20,
+    "tiny pickle": pickle.dumps(0),
     "zip": b"PK\x03\x04" + b"x" * 20,
     "html": b"<!DOCTYPE html><html>",
     "huge header": struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}",
@@ -126,6 +127,13 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, contents: bytes) -> N
         read_tensors(path)
     assert caught.value.where.startswith(str(path))
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path: Path, length: int) -> None:
+    text = json.dumps({"a": entry(0, 4)}).encode().ljust(length)
+    (tmp_path / "x").write_bytes(packed(text, bytes(4)))
+    assert read_header(tmp_path / "x").tensors["a"].shape == (1,)
 
 
 @pytest.mark.parametrize(("contents", "said"), [(DAMAGED["NaN"], ": a"), (DAMAGED["hole"], ": b")])

@@ -186,3 +186,10 @@ def test_a_name_is_used_once(model: nn.Module, adapter: Adapter, generator: torc
         inject_new(model, "unet", ALL[:1], "a", rank=1, alpha=1.0, generator=generator)
     inject_new(model, "unet", ALL[:1], "b", rank=1, alpha=1.0, generator=generator)
     assert collect(model, "unet", "b").keys() == {ALL[0]}
+
+
+def test_an_adapter_of_another_family_is_told_so() -> None:
+    attention = nn.ModuleDict({"attn2": nn.ModuleDict({"to_k": nn.Linear(768, 6)})})
+    other = Adapter({"unet.attn2.to_k": LoraFactors(torch.ones(1, 1024), torch.ones(6, 1), 1.0)})
+    with pytest.raises(CorruptError, match=r"SD2 \(width 1024\), the base is SD1 \(width 768\)"):
+        inject_adapter(attention, "unet", other, "a")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_pipeline.errors import UsageError
-from stages._weighted import named, parse_weighted
+from stages._weighted import named, parse_blocks, parse_named, parse_weighted
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,22 @@ def test_a_weight_that_is_no_number_is_refused(text: str) -> None:
 def test_named_adapters_come_in_the_names_order() -> None:
     expected = [(Path("x/a.safetensors"), 2.0), (Path("x/b.safetensors"), 1.0)]
     assert named(Path("x"), {"b": 1.0, "a": 2.0}) == expected
+
+
+def test_adapters_may_be_named_with_a_number_or_with_blocks() -> None:
+    assert parse_named(["zorp=0.5", "a=b=-1"]) == {"zorp": 0.5, "a=b": -1.0}
+    assert parse_blocks(["zorp=IN04:0.5,*attn2*:0,M00:-1", "sticker=1,0,0.5"]) == {
+        "zorp": {"IN04": 0.5, "*attn2*": 0.0, "M00": -1.0},
+        "sticker": [1.0, 0.0, 0.5],
+    }
+
+
+@pytest.mark.parametrize("text", ["zorp", "=1", "zorp=IN04:much", "zorp=1,,1", "zorp=1,nan", "zorp="])
+def test_blocks_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_blocks([text])
+
+
+def test_an_adapter_named_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="second for zorp"):
+        parse_named(["zorp=1", "zorp=2"])
