@@ -95,7 +95,7 @@ def draw_samples(components: Components, adapter: Adapter, section: ConceptParam
         add_placeholder(components.tokenizer, components.text_encoder, token, rows)
     inject_adapter(components.unet, UNET, adapter, "tuned")
     inject_adapter(components.text_encoder, TEXT_ENCODER, adapter, "tuned")
-    prompts = [section.train.sample_prompt] * len(SAMPLE_SEEDS)
+    prompts = [section.train.samples.prompt] * len(SAMPLE_SEEDS)
     images = sample(
         components,
         prompts,
@@ -106,5 +106,5 @@ def draw_samples(components: Components, adapter: Adapter, section: ConceptParam
         weights_at=None,
         batch=len(SAMPLE_SEEDS),
     )
-    sheet = contact_sheet(images, [section.train.sample_prompt], [f"seed {seed}" for seed in SAMPLE_SEEDS])
+    sheet = contact_sheet(images, [section.train.samples.prompt], [f"seed {seed}" for seed in SAMPLE_SEEDS])
     sheet.save(path, format="PNG")

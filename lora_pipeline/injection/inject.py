@@ -41,7 +41,7 @@ def select_targets(model: nn.Module, prefix: str, globs: Sequence[str]) -> list[
     for glob in globs:
         if not any(fnmatchcase(target[start:], glob) for target in targets):
             example = targets[len(targets) // 2][start:] if targets else "none"
-            raise ParamsError(f"{prefix}_targets", f"{glob!r} matches no layer", f"use names like {example!r}")
+            raise ParamsError(f"adapter.{prefix}_targets", f"{glob!r} matches no layer", f"use names like {example!r}")
     return [target for target in targets if any(fnmatchcase(target[start:], glob) for glob in globs)]
 
 
@@ -68,7 +68,7 @@ def inject_new(
         shape = _base(model, layers[target]).weight.shape
         largest = min(shape[0], math.prod(shape[1:]))
         if not 1 <= rank <= largest:
-            raise ParamsError("rank", f"{rank} does not fit {target}", f"use a rank between 1 and {largest}")
+            raise ParamsError("adapter.rank", f"{rank} does not fit {target}", f"use a rank between 1 and {largest}")
     for target in targets:
         weight = _base(model, layers[target]).weight.requires_grad_(False)
         bound = 1.0 / math.sqrt(math.prod(weight.shape[1:]))

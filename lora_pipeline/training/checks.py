@@ -39,16 +39,16 @@ def check_task(task: Task, phases: tuple[Phase, ...], tokenizer: Any) -> None:
     params, learning = task.params, {phase.name for phase in phases}
     if not task.examples:
         raise ParamsError("images", "there is no picture to learn from", "run lora-pipe preprocess for this concept")
-    if TUNING in learning and params.prior_weight > 0 and not task.priors:
-        fix = "set priors.count above 0, or prior_weight to 0"
-        raise ParamsError("prior_weight", f"is {params.prior_weight}, and there are no class pictures", fix)
-    if TUNING in learning and not [*params.unet_targets, *params.text_encoder_targets]:
-        raise ParamsError("unet_targets", "names no layer", 'name some, such as "*attn*.to_q"')
+    if TUNING in learning and params.prior.weight > 0 and not task.priors:
+        fix = "set priors.count above 0, or prior.weight to 0"
+        raise ParamsError("prior.weight", f"is {params.prior.weight}, and there are no class pictures", fix)
+    if TUNING in learning and not [*params.adapter.unet_targets, *params.adapter.text_encoder_targets]:
+        raise ParamsError("adapter.unet_targets", "names no layer", 'name some, such as "*attn*.to_q"')
     if INVERSION in learning:
         if task.token is None:
             fix = "give the concept a placeholder_token such as <zorp>, or use method lora"
             raise ParamsError("placeholder_token", f"is null, and method {params.method} learns it", fix)
-        check_initializer(tokenizer, params.initializer)
+        check_initializer(tokenizer, params.token.initializer)
     for example in task.examples:
         check_caption(str(example.image), example.caption, task.token, None)
 
@@ -61,9 +61,9 @@ def check_initializer(tokenizer: Any, initializer: str) -> None:
     """
     words = re.findall(r"\S+", initializer)
     if not words:
-        raise ParamsError("initializer", "holds no word", "use a word the base knows, such as the class noun")
+        raise ParamsError("token.initializer", "holds no word", "use a word the base knows, such as the class noun")
     for word in words:
         ids = tokenizer(word, add_special_tokens=False, padding=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             problem = f"{word!r} is not one token of this base"
-            raise ParamsError("initializer", problem, "use a word the base knows, such as the class noun")
+            raise ParamsError("token.initializer", problem, "use a word the base knows, such as the class noun")

@@ -111,7 +111,7 @@ def _take_step(stretch: Stretch, optimiser: torch.optim.Optimizer, loss_at: Loss
     value, length = torch.stack([loss.detach(), norm.to(loss)]).tolist()  # the step's only synchronisation
     if not math.isfinite(value) or not math.isfinite(length):
         problem = f"the loss is {value} and its gradient {length} at step {step + 1} of the {stretch.phase.name}"
-        raise ParamsError(f"{stretch.phase.name}_learning_rate", problem, "use a smaller one")
+        raise ParamsError(f"{stretch.phase.name}.learning_rate", problem, "use a smaller one")
     optimiser.step()
     optimiser.zero_grad()
     stretch.after_step()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lora_pipeline.params import TrainParams
 
 INVERSION, TUNING = "inversion", "tuning"
-METHODS = {"ti": (INVERSION,), "lora": (TUNING,), "pti": (INVERSION, TUNING)}
+METHODS = {"ti": (INVERSION,), "lora": (TUNING,), "dreambooth": (TUNING,), "pti": (INVERSION, TUNING)}
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,18 @@ def phases_of(params: TrainParams) -> tuple[Phase, ...]:
     if params.method not in METHODS:
         raise ParamsError("method", f"{params.method!r} is no method", f"use one of {', '.join(METHODS)}")
     known = {
-        INVERSION: Phase(INVERSION, params.inversion_steps, params.inversion_learning_rate, True, 0.0, 0.0),
+        INVERSION: Phase(INVERSION, params.inversion.steps, params.inversion.learning_rate, True, 0.0, 0.0),
         TUNING: Phase(
             TUNING,
-            params.tuning_steps,
-            params.tuning_learning_rate,
-            bool(params.text_encoder_targets),
-            params.prior_weight,
-            params.caption_dropout,
+            params.tuning.steps,
+            params.tuning.learning_rate,
+            bool(params.adapter.text_encoder_targets),
+            params.prior.weight,
+            params.captions.dropout,
         ),
     }
     for name in METHODS[params.method]:
         if known[name].steps < 1:
             problem = f"{known[name].steps}, and method {params.method} needs this phase"
-            raise ParamsError(f"{name}_steps", problem, "use 1 or more, or another method")
+            raise ParamsError(f"{name}.steps", problem, "use 1 or more, or another method")
     return tuple(known[name] for name in METHODS[params.method])

@@ -115,12 +115,14 @@ def private(components: Components) -> Iterator[Components]:
 
 def _add_token(mine: Components, task: Task) -> tokens.PlaceholderEmbedding:
     assert task.token is not None
-    rows = tokens.initial_rows(mine.tokenizer, mine.text_encoder, task.params.initializer, task.params.vectors)
+    rows = tokens.initial_rows(
+        mine.tokenizer, mine.text_encoder, task.params.token.initializer, task.params.token.vectors
+    )
     return tokens.add_placeholder(mine.tokenizer, mine.text_encoder, task.token, rows)
 
 
 def _add_branches(mine: Components, task: Task) -> None:
-    params = task.params
+    params = task.params.adapter
     chosen = ((mine.unet, UNET, params.unet_targets), (mine.text_encoder, TEXT_ENCODER, params.text_encoder_targets))
     for model, prefix, globs in chosen:
         inject.inject_new(

@@ -43,7 +43,14 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             )
         )  # fmt: skip
     StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, DDIMScheduler(steps_offset=1, clip_sample=False), None, None, requires_safety_checker=False
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        DDIMScheduler(steps_offset=1, clip_sample=False),
+        None,
+        None,
+        requires_safety_checker=False,
     ).save_pretrained("base")
     for seed, name in enumerate("ab"):
         source = torch.Generator().manual_seed(seed)

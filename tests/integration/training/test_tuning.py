@@ -16,6 +16,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
+from train_values import train_params
 
 from lora_pipeline.errors import CorruptError, ParamsError, PipelineError
 from lora_pipeline.injection.tokens import add_placeholder, initial_rows
@@ -61,7 +62,7 @@ def test_each_method_moves_what_it_says_and_leaves_the_base(
     parts = tiny.components(tmp_path / "tokenizer")
     before, words = weights(parts), dict(parts.tokenizer.get_vocab())
     start = initial_rows(parts.tokenizer, parts.text_encoder, "creature", 1)
-    tuned = run(tmp_path, tiny.task(tmp_path, method=method), parts)
+    tuned = run(tmp_path, tiny.task(tmp_path, {"method": method}), parts)
     assert same(weights(parts), before)
     assert parts.tokenizer.get_vocab() == words
     assert len(tuned.losses) == steps
@@ -76,7 +77,7 @@ def test_each_method_moves_what_it_says_and_leaves_the_base(
 
 def test_pivotal_tuning_keeps_the_inverted_rows(tmp_path: Path) -> None:
     task = tiny.task(tmp_path)
-    inverted = run(tmp_path, dataclasses.replace(task, params=tiny.params(method="ti")))
+    inverted = run(tmp_path, dataclasses.replace(task, params=train_params({"method": "ti"})))
     assert same(run(tmp_path, task).embeddings, inverted.embeddings)
 
 
@@ -89,13 +90,18 @@ def test_seeds_decide_and_a_base_can_be_used_again(tmp_path: Path) -> None:
 
 
 def test_the_loss_of_known_pictures_falls(tmp_path: Path) -> None:
-    task = tiny.task(tmp_path, method="lora", tuning_steps=150, unet_targets=["*"], prior_weight=0.0, batch_size=6)
+    task = tiny.task(
+        tmp_path,
+        {"method": "lora", "tuning.steps": 150, "prior.weight": 0.0, "batch_size": 6, "adapter.unet_targets": ["*"]},
+    )
     losses = [each.loss for each in run(tmp_path, task).losses]
     assert sum(losses[-30:]) < 0.9 * sum(losses[:30])
 
 
 def test_text_encoder_factors_learn_when_asked(tmp_path: Path) -> None:
-    tuned = run(tmp_path, tiny.task(tmp_path, unet_targets=[], text_encoder_targets=["*q_proj", "*fc1"]))
+    tuned = run(
+        tmp_path, tiny.task(tmp_path, {"adapter.unet_targets": [], "adapter.text_encoder_targets": ["*q_proj", "*fc1"]})
+    )
     assert {name.split(".")[0] for name in tuned.factors} == {"text_encoder"}
     assert all(bool(factors.up.any()) for factors in tuned.factors.values())
 
@@ -103,7 +109,7 @@ def test_text_encoder_factors_learn_when_asked(tmp_path: Path) -> None:
 def test_priors_pull_the_class_back(tmp_path: Path) -> None:
     task = tiny.task(tmp_path)
     with_priors = run(tmp_path, task)
-    without = run(tmp_path, dataclasses.replace(task, params=tiny.params(prior_weight=0.0), priors=()))
+    without = run(tmp_path, dataclasses.replace(task, params=train_params({"prior.weight": 0.0}), priors=()))
     assert same(with_priors.embeddings, without.embeddings)  # inversion learns nothing from them
     assert any(not torch.equal(with_priors.factors[name].up, without.factors[name].up) for name in without.factors)
 
@@ -111,22 +117,22 @@ def test_priors_pull_the_class_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        ({"method": "dreambooth"}, "concepts.zorp.train.method"),
-        ({"rank": 0}, "concepts.zorp.train.rank"),
-        ({"rank": 9}, "concepts.zorp.train.rank"),
-        ({"unet_targets": ["*nothing*"]}, "concepts.zorp.train.unet_targets"),
-        ({"unet_targets": []}, "concepts.zorp.train.unet_targets"),
-        ({"initializer": "wombat"}, "concepts.zorp.train.initializer"),
-        ({"initializer": " "}, "concepts.zorp.train.initializer"),
-        ({"tuning_steps": 0}, "concepts.zorp.train.tuning_steps"),
-        ({"tuning_learning_rate": math.inf}, "concepts.zorp.train.tuning_learning_rate"),
+        ({"method": "lycoris"}, "concepts.zorp.train.method"),
+        ({"adapter.rank": 0}, "concepts.zorp.train.adapter.rank"),
+        ({"adapter.rank": 9}, "concepts.zorp.train.adapter.rank"),
+        ({"adapter.unet_targets": ["*nothing*"]}, "concepts.zorp.train.adapter.unet_targets"),
+        ({"adapter.unet_targets": []}, "concepts.zorp.train.adapter.unet_targets"),
+        ({"token.initializer": "wombat"}, "concepts.zorp.train.token.initializer"),
+        ({"token.initializer": " "}, "concepts.zorp.train.token.initializer"),
+        ({"tuning.steps": 0}, "concepts.zorp.train.tuning.steps"),
+        ({"tuning.learning_rate": math.inf}, "concepts.zorp.train.tuning.learning_rate"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_key(tmp_path: Path, changes: dict[str, Any], where: str) -> None:
     parts = tiny.components(tmp_path / "tokenizer")
     before = weights(parts)
     with pytest.raises(ParamsError) as caught:
-        run(tmp_path, tiny.task(tmp_path, **changes), parts)
+        run(tmp_path, tiny.task(tmp_path, changes), parts)
     assert caught.value.where == where
     assert same(weights(parts), before)
 
@@ -134,7 +140,7 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path: Path, changes: dict[str,
 @pytest.mark.parametrize(
     ("changes", "kind", "where"),
     [
-        ({"priors": ()}, ParamsError, "concepts.zorp.train.prior_weight"),
+        ({"priors": ()}, ParamsError, "concepts.zorp.train.prior.weight"),
         ({"examples": ()}, ParamsError, "concepts.zorp.images"),
         ({"token": None}, ParamsError, "concepts.zorp.placeholder_token"),
         ({"token": "creature"}, ParamsError, "concepts.zorp.placeholder_token"),

@@ -37,7 +37,7 @@ def forked(folder: Path, task: Task, name: str, kill_at: int) -> bytes | None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    task = tiny.task(folder, text_encoder_targets=["*q_proj"], caption_dropout=0.3)
+    task = tiny.task(folder, {"adapter.text_encoder_targets": ["*q_proj"], "captions.dropout": 0.3})
     truth = forked(folder, task, "undisturbed", 0)
     for kills in ((1,), (2, 3), (3, 4), (5, 6, 7)):
         name = f"killed-{kills[0]}"

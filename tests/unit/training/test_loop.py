@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path, value: float) 
     parameter = nn.Parameter(torch.ones(2))
     with pytest.raises(ParamsError, match="at step 1 of the tuning") as caught:
         train([line(parameter, phase(10), scale=value)], tmp_path, 2, silent)
-    assert caught.value.where == "tuning_learning_rate"
+    assert caught.value.where == "tuning.learning_rate"
     torch.testing.assert_close(parameter.detach(), torch.ones(2))
 
 
