@@ -46,11 +46,16 @@ def test_the_light_rooms_do_not_reach_diffusers(room: str) -> None:
 
 @pytest.mark.parametrize("verb", ["extract", "compose", "merge", "inspect", "check", "preprocess"])
 def test_light_stages_do_not_reach_diffusers(verb: str) -> None:
-    """With everything that the stage imports inside its functions."""
+    """With everything that the stage imports inside its functions, but for learning a blend's weights on a base."""
     import grimp
 
     graph = grimp.build_graph("lora_pipeline", "stages", include_external_packages=True, cache_dir=None)
+    graph.remove_module("stages._fit")
     reached = graph.find_upstream_modules(f"stages.{verb}")
     assert not reached & {"diffusers", "transformers"}
     tellers = {module for module in reached if "mlflow" in graph.find_modules_directly_imported_by(module)}
     assert tellers <= {"lora_pipeline.tracking.store"}
+
+
+def test_a_plain_blend_reaches_no_base() -> None:
+    assert not loaded("import stages.compose, stages._fit") & {"diffusers", "transformers", "torch"}
