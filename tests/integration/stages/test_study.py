@@ -34,7 +34,7 @@ def test_every_arm_takes_the_same_steps(zorp: ConceptParams) -> None:
 
 def test_arms_with_class_pictures_want_a_weight_for_them(zorp: ConceptParams) -> None:
     unweighted = zorp.train.model_copy(update={"prior": zorp.train.prior.model_copy(update={"weight": 0.0})})
-    with pytest.raises(ParamsError, match="prior.weight"):
+    with pytest.raises(ParamsError, match=r"prior\.weight"):
         arm_params(unweighted, ARMS[1])
 
 

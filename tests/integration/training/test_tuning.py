@@ -182,7 +182,7 @@ def test_targets_and_noise_are_those_of_diffusers(prediction: str) -> None:
 
 
 def test_a_token_of_several_vectors_has_as_many_rows(tmp_path: Path) -> None:
-    tuned = run(tmp_path, tiny.task(tmp_path, method="ti", vectors=3))
+    tuned = run(tmp_path, tiny.task(tmp_path, {"method": "ti", "token.vectors": 3}))
     assert tuned.embeddings["<zorp>"].shape == (3, tiny.WIDTH)
     parts = tiny.components(tmp_path / "other")
     add_placeholder(parts.tokenizer, parts.text_encoder, "<zorp>", tuned.embeddings["<zorp>"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -110,6 +109,6 @@ def test_methods_are_their_phases(method: str, names: list[str]) -> None:
 def test_impossible_methods_are_refused() -> None:
     with pytest.raises(ParamsError, match="'lycoris' is no method"):
         phases_of(train_params({"method": "lycoris"}))
-    with pytest.raises(ParamsError, match="inversion.steps"):
+    with pytest.raises(ParamsError, match=r"inversion\.steps"):
         phases_of(train_params({"inversion.steps": 0}))
     phases_of(train_params({"method": "lora", "inversion.steps": 0}))
