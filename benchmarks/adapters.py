@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import composition, extraction
+from benchmarks import composition, extraction, merging
 from benchmarks.rows import show
 
 if __name__ == "__main__":
-    show([*composition.rows(), *extraction.rows()], sys.argv)
+    show([*composition.rows(), *merging.rows(), *extraction.rows()], sys.argv)

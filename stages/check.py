@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lora_pipeline.adapters.blocks import check_names
 from lora_pipeline.errors import MissingError
 from lora_pipeline.params import Params, load_params
 
@@ -31,6 +32,8 @@ def check(
     for name, concept in params.concepts.items():
         typer.echo(f"concept {name}: {concept.kind}, {concept.train.method}, from {concept.images}")
     for name, blend in params.blends.items():
+        for adapter, factors in blend.block_weights.items():
+            check_names(f"{file.name}: blends.{name}.block_weights.{adapter}", factors)
         weights = ", ".join(f"{part}={weight:g}" for part, weight in blend.weights.items())
         typer.echo(f"blend {name}: {blend.method} of {weights}")
     for name, render in params.renders.items():

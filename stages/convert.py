@@ -1,4 +1,4 @@
-"""`lora-pipe convert`: an adapter in another program's format."""
+"""`lora-pipe convert`: an adapter in another program's format, or a full model as a folder or a single file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_pipeline.errors import UsageError
+from stages._model_out import check_replaceable
 from stages._rank_rule import rule_of
 from stages._stage import stage
+
+# The forms of full models, and how their names end.
+MODELS = {"folder": None, "single": ".safetensors", "ckpt": ".ckpt"}
 
 if TYPE_CHECKING:
     from lora_pipeline.adapters.adapter import Adapter
@@ -18,9 +22,15 @@ if TYPE_CHECKING:
 
 
 def convert(  # noqa: PLR0913 - the options of a command
-    source: Annotated[Path, typer.Argument(metavar="IN", help="An adapter of any known format.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="An adapter of any known format, or a full model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="What to write.")],
-    to: Annotated[str, typer.Option(help="The format: native, diffusers, peft, kohya, cloneofsimo, ...")] = "native",
+    to: Annotated[
+        str,
+        typer.Option(help="native, diffusers, peft, kohya, cloneofsimo, ...; of full models folder, single or ckpt."),
+    ] = "native",
+    like: Annotated[
+        Path | None, typer.Option(help="Single file to folder: a folder of the same family, for its configs.")
+    ] = None,
     base: Annotated[Path | None, typer.Option(help="The base a DoRA was made for, to make it plain with.")] = None,
     rank: Annotated[int | None, typer.Option(help="Keep this rank in every layer.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of each layer's energy, as 0.95.")] = None,
@@ -32,22 +42,32 @@ def convert(  # noqa: PLR0913 - the options of a command
 ) -> None:
     """Write an adapter in another format: the same numbers, alphas and tokens, unless a rank or a dtype is asked for.
 
+    Full models go between diffusers folders and single files; what they hold stays byte for byte.
+
     Examples:
 
         lora-pipe convert zorp.safetensors pytorch_lora_weights.safetensors --to diffusers
 
         lora-pipe convert locon.safetensors small.safetensors --to native --error 0.05 --dtype float16
 
-        lora-pipe convert dora.safetensors plain.safetensors --to diffusers --base models/base --rank 64
+        lora-pipe convert v1-5.ckpt v1-5 --to folder --like stable-diffusion-v1-4
     """
     from lora_pipeline.adapters import formats, load_adapter
     from lora_pipeline.adapters.conversion import convert as converted
     from lora_pipeline.adapters.peft_folder import is_peft_folder
 
-    if to not in formats.WRITERS:
-        raise UsageError("--to", f"{to!r} is no format that is written", f"use one of {', '.join(formats.WRITERS)}")
+    if to not in formats.WRITERS and to not in MODELS:
+        known = ", ".join([*formats.WRITERS, *MODELS])
+        raise UsageError("--to", f"{to!r} is no format that is written", f"use one of {known}")
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(str(out), "is what is read", "give another name to write to")
+    if to in MODELS:
+        if base or rank or energy or error:
+            raise UsageError("convert", "has --base, --rank, --energy and --error for adapters", "leave them out")
+        convert_model(source, out, to, like, dtype)
+        return
+    if like is not None:
+        raise UsageError("--like", f"is for --to {' and '.join(MODELS)}", "leave it out")
     if out.is_dir() and not is_peft_folder(out):
         raise UsageError(str(out), "is a folder that holds something else", f"write to {out / source.name}")
     rule = rule_of({"rank": rank, "energy": energy, "error": error}, None)
@@ -59,6 +79,25 @@ def convert(  # noqa: PLR0913 - the options of a command
         conversion = converted(str(source), adapter, base=weights, rule=rule, dtype=dtype)
         formats.save(conversion.adapter, run.building, to)
     typer.echo("\n".join([_written(source, out, to, conversion.adapter), *_approximated(conversion)]))
+
+
+def convert_model(source: Path, out: Path, to: str, like: Path | None, dtype: str | None) -> None:
+    """A full model in another form.
+
+    Raises:
+        UsageError: A name that does not go with the form.
+    """
+    from lora_pipeline.adapters.merging import SINGLE_FILES, merge
+
+    suffix = MODELS[to]
+    if (out.suffix if suffix or out.suffix in SINGLE_FILES else None) != suffix:
+        fix = f"give a name that ends in {suffix}" if suffix else "give a name without that ending"
+        raise UsageError(str(out), f"is no name for --to {to}", fix)
+    check_replaceable(out)
+    inputs = [source, like] if like else [source]
+    with stage("convert", out.name, out=out, inputs=inputs, section=lambda: {"dtype": dtype, "to": to}) as run:
+        merge(source, [], run.building, dtype, like=like)
+    typer.echo(f"{source} → {out} ({to})")
 
 
 def _weights(source: Path, adapter: Adapter, base: Path) -> Weights:

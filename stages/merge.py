@@ -9,6 +9,7 @@ import typer
 
 from lora_pipeline.errors import UsageError
 from lora_pipeline.params import load_params
+from stages._model_out import check_replaceable
 from stages._stage import PARAMS, entry, stage
 from stages._weighted import Weighted, by_name, load_parts, named, parse_weighted
 
@@ -61,6 +62,7 @@ def merge(  # noqa: PLR0913 - the options of a command
         weighted, kind = recipe()
         return {"dtype": kind, "weights": by_name(weighted)}
 
+    check_replaceable(out)
     weighted, kind = recipe()
     inputs = [base, *(path for path, _ in weighted), *(path for path in (like, undo) if path)]
     with stage("merge", name or out.name, out=out, inputs=inputs, section=settings) as run:

@@ -80,6 +80,7 @@ def block_factors(where: str, weights: BlockWeights, targets: Collection[str]) -
         ParamsError: A vector of another length, or one that says nothing of a block the adapter changes (to some
             programs it is 0 then, to others 1); an unknown block; a glob that matches nothing.
     """
+    check_names(where, weights)
     blocks = {target: block_of(target) for target in targets}
     named = weights if isinstance(weights, Mapping) else _by_name(where, weights, set(blocks.values()))
     factors = dict.fromkeys(targets, 1.0)
@@ -89,10 +90,25 @@ def block_factors(where: str, weights: BlockWeights, targets: Collection[str]) -
     return factors
 
 
+def check_names(where: str, weights: BlockWeights) -> None:
+    """What can be told of block weights without the adapter they are for.
+
+    Raises:
+        ParamsError: A vector of a length that no program has, or an unknown block.
+    """
+    if not isinstance(weights, Mapping):
+        if len(weights) not in VECTORS:
+            problem = f"has {len(weights)} numbers, a vector has {', '.join(map(str, VECTORS))}"
+            raise ParamsError(where, problem, "count them, or write block names: {IN04: 0.5}")
+        return
+    for key in weights:
+        if key not in BLOCKS and key not in _ALIASES and not set(key) & set(".*?["):
+            near = difflib.get_close_matches(key, [*BLOCKS, *_ALIASES], n=1)
+            fix = f"write {near[0]}" if near else "use BASE, IN00 to IN11, M00, OUT00 to OUT11, REST, or a glob"
+            raise ParamsError(where, f"names {key!r}, which is no block", fix)
+
+
 def _by_name(where: str, vector: Sequence[float], changed: set[str]) -> dict[str, float]:
-    if len(vector) not in VECTORS:
-        problem = f"has {len(vector)} numbers, a vector has {', '.join(map(str, VECTORS))}"
-        raise ParamsError(where, problem, "count them, or write block names: {IN04: 0.5}")
     names = VECTORS[len(vector)]
     unnamed = sorted(changed - {*names, REST})
     if unnamed:
@@ -105,10 +121,6 @@ def _matched(where: str, key: str, blocks: Mapping[str, str]) -> list[str]:
     block = _ALIASES.get(key, key)
     if block in BLOCKS:
         return [target for target in blocks if blocks[target] == block]
-    if not set(key) & set(".*?["):
-        near = difflib.get_close_matches(key, [*BLOCKS, *_ALIASES], n=1)
-        fix = f"write {near[0]}" if near else "use BASE, IN00 to IN11, M00, OUT00 to OUT11, REST, or a glob"
-        raise ParamsError(where, f"names {key!r}, which is no block", fix)
     matched = [target for target in blocks if fnmatchcase(target, key)]
     if not matched:
         example = min(blocks, default="it has none")

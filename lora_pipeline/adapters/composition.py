@@ -121,10 +121,11 @@ def _by_target(parts: Sequence[Part], numbers: Sequence[Mapping[str, float]]) ->
 def _combined(target: str, changes: Sequence[Change], recipe: Recipe) -> tuple[LoraFactors, Cut]:
     if not sum(abs(weight) * _norm(factors) for _, factors, weight in changes) <= torch.finfo(torch.float32).max:
         raise ParamsError(target, "would change beyond the range of float32", "use smaller weights")
+    _check_shapes(target, changes)
     if recipe.density is not None:
         factors, kept = sparsified(target, changes, recipe)
         return factors, Cut(kept.rank, kept.norm, kept.residual)
-    whole = _sum(target, [(factors, weight) for _, factors, weight in changes])
+    whole = concatenated([(factors, weight) for _, factors, weight in changes])
     factors, lost = truncate(whole, recipe.rank) if recipe.rank is not None else (whole, 0.0)
     return factors, Cut(factors.rank, _norm(whole), lost)
 
@@ -133,11 +134,15 @@ def _norm(factors: LoraFactors) -> float:
     return math.sqrt(max(0.0, squared_norm(factors)))
 
 
-def _sum(target: str, changes: list[tuple[LoraFactors, float]]) -> LoraFactors:
-    try:
-        return concatenated(changes)
-    except CorruptError as error:
-        raise CorruptError(target, error.problem, error.fix) from None
+def _check_shapes(target: str, changes: Sequence[Change]) -> None:
+    """Refuses adapters of different architectures by their names; a 1 x 1 convolution may meet a linear layer."""
+    dimensions = changes[0][1].down.ndim
+    shapes = [(name, (each.up.shape[0], *each.shaped(dimensions).down.shape[1:])) for name, each, _ in changes]
+    first, expected = shapes[0]
+    for name, shape in shapes:
+        if shape != expected:
+            problem = f"is a weight of shape {expected} to {first}, and of {shape} to {name}"
+            raise CorruptError(target, problem, "blend adapters of one base")
 
 
 def summed(target: str, parts: Sequence[Part]) -> LoraFactors:
@@ -146,9 +151,9 @@ def summed(target: str, parts: Sequence[Part]) -> LoraFactors:
     Raises:
         CorruptError: The adapters change weights of different shapes.
     """
-    return _sum(
-        target, [(adapter.factors[target], weight) for _, adapter, weight in parts if target in adapter.factors]
-    )
+    changes = [(name, adapter.factors[target], weight) for name, adapter, weight in parts if target in adapter.factors]
+    _check_shapes(target, changes)
+    return concatenated([(factors, weight) for _, factors, weight in changes])
 
 
 def joined_embeddings(parts: Sequence[Part]) -> dict[str, Tensor]:

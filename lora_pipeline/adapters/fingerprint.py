@@ -7,7 +7,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lora_pipeline.adapters.header import read_header
+from lora_pipeline.adapters.checkpoints.torch_reader import read_contents
 from lora_pipeline.errors import CorruptError, MissingError
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -44,7 +44,7 @@ def base_fingerprint(base: Path) -> str:
 
 def _file_fingerprint(path: Path) -> str:
     """Over each tensor's name, kind and sha-256, which several threads find several times as fast as that of a file."""
-    entries = sorted(read_header(path).tensors.items())
+    entries = sorted(read_contents(path).tensors.items())
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = pool.map(lambda item: _range_digest(path, item[1].start, item[1].stop), entries)
         total = hashlib.sha256()

@@ -107,6 +107,10 @@ class Merger:
             shape = (self._rows[slot.names[0]].count(shape[0]), *shape[1:])
         return DTYPE_NAMES[self._dtype(slot)], shape
 
+    def leaves(self, slot: Slot) -> bool:
+        """Whether a tensor of the base's own file stays as it is."""
+        return DTYPES[slot.dtype] == self._dtype(slot) and not self._touched.intersection(slot.names)
+
     def pieces(self, slot: Slot) -> Iterator[Tensor | Span]:
         """What a tensor of a file is written from: the base's bytes wherever nothing changes."""
         dtype = self._dtype(slot)

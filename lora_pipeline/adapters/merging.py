@@ -18,6 +18,7 @@ from lora_pipeline.adapters.checkpoints.destination import write_file, write_fol
 from lora_pipeline.adapters.checkpoints.folder import write_json
 from lora_pipeline.adapters.checkpoints.single_file import slots_for, slots_of_file
 from lora_pipeline.adapters.checkpoints.torch_file import read_note
+from lora_pipeline.adapters.checkpoints.torch_reader import read_contents
 from lora_pipeline.adapters.composition import Part, joined_embeddings, parents
 from lora_pipeline.adapters.fingerprint import base_fingerprint
 from lora_pipeline.adapters.header import read_header
@@ -42,7 +43,7 @@ def merge(
     for byte; other forms of its weights (`.bin`, `.fp16.safetensors`) are left out, being the base's still.
 
     Args:
-        base: A diffusers folder, or a single-file checkpoint (.safetensors) of SD1.x, SD2.x or SDXL.
+        base: A diffusers folder, or a single-file checkpoint (.safetensors or .ckpt) of SD1.x, SD2.x or SDXL.
         parts: (name, adapter, weight) each; without any, and without a dtype, the base is only converted.
         out: What to write: a single file if it ends in .safetensors or .ckpt, else a folder.
         dtype: `float16`, `bfloat16` or `float32` for the UNet and the text encoders; None keeps the base's.
@@ -75,7 +76,7 @@ def merge(
     merger = Merger(places, parts, rows, DTYPES_BY_NAME[dtype] if dtype else None)
     merger.check()
     if template is None:
-        slots = slots_of_file(read_header(base).tensors) if base.is_file() else slots_for(places)
+        slots = slots_of_file(read_contents(base).tensors) if base.is_file() else slots_for(places)
         write_file(out, merger, slots, _metadata(base, note), note)
         return
     write_folder(template, out, merger, vocabularies, converting=base.is_file())
@@ -165,5 +166,5 @@ def _note(checkpoint: Path) -> str | None:
 
 
 def _metadata(base: Path, note: str | None) -> dict[str, str]:
-    kept = read_header(base).metadata if base.is_file() else {"format": "pt"}
+    kept = (read_contents(base).metadata if base.is_file() else {}) or {"format": "pt"}
     return kept if note is None else {**kept, METADATA_KEY: note}

@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_pipeline.adapters.checkpoints.folder import places_in_folder
 from lora_pipeline.adapters.checkpoints.single_file import VAE, slots_of_file
 from lora_pipeline.adapters.checkpoints.slots import Place, placed
-from lora_pipeline.adapters.header import read_header
+from lora_pipeline.adapters.checkpoints.torch_reader import read_contents
 from lora_pipeline.adapters.targets import MODELS, is_target
 from lora_pipeline.errors import CorruptError
 
@@ -66,9 +66,9 @@ def places_in_file(path: Path) -> dict[str, Place]:
 
     Raises:
         MissingError: No such file.
-        CorruptError: No safetensors file, or without a UNet of these names.
+        CorruptError: See `read_contents`; or without a UNet of these names.
     """
-    entries = read_header(path).tensors
+    entries = read_contents(path).tensors
     places = placed(path, entries, slots_of_file(entries))
     if not any(name.startswith("unet.") for name in places):
         problem = "is no checkpoint of SD1.x, SD2.x or SDXL: it has no model.diffusion_model tensors"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -98,6 +99,21 @@ def test_check_names_the_folder_that_is_not_there(key: str, tmp_path: Path) -> N
     done = lora_pipe("check", folder=tmp_path)
     assert done.returncode == 4
     assert done.stderr.startswith(f"error: params.yaml: {key}: there is no folder nowhere\nfix: ")
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [({"IN4": 0.5}, "'IN4', which is no block"), ([1.0, 0.5], "has 2 numbers"), ({"IN04": 0.5, "*attn2*": 0.0}, None)],
+)
+def test_check_knows_blocks(weights: Any, said: str | None, tmp_path: Path) -> None:
+    document = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
+    for name in folders(Params.model_validate(document)).values():
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    document["blends"]["zorp-sticker"]["block_weights"] = {"zorp": weights}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document), "utf-8")
+    done = lora_pipe("check", folder=tmp_path)
+    assert done.returncode == (0 if said is None else 3)
+    assert (said or "") in done.stderr
 
 
 def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:

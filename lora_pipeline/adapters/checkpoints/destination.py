@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -77,15 +78,23 @@ def write_folder(template: Path, out: Path, merger: Merger, texts: Mapping[Path,
         for name, text in texts.items():
             (out / name).write_text(text, "utf-8")
     for model, shards in files.items():
-        size = sum(_write(out / file.relative_to(template), merger, slots[file], headers[file]) for file in shards)
+        size = 0
+        for file in shards:
+            place = out / file.relative_to(template)
+            if not converting and all(map(merger.leaves, slots[file].values())):
+                with disk_errors(place):
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, place)
+            else:
+                _write(place, merger, slots[file], headers[file])
+            size += sum(tensor_size(merger.layout(slot)) for slot in slots[file].values())
         correct_index(out / f"{COMPONENTS[model]}.index.json", size)
     _correct_configs(out, files, merger)
 
 
-def _write(out: Path, merger: Merger, slots: Mapping[str, Slot], header: Header) -> int:
+def _write(out: Path, merger: Merger, slots: Mapping[str, Slot], header: Header) -> None:
     layout = {key: merger.layout(slot) for key, slot in slots.items()}
     stream_tensors(out, layout, header.metadata, lambda key: merger.pieces(slots[key]))
-    return sum(map(tensor_size, layout.values()))
 
 
 def _completed(merger: Merger, headers: Mapping[Path, Header], slots: Mapping[Path, Mapping[str, Slot]]) -> Merger:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
+from lora_pipeline.adapters.formats.provenance import read_object
 from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.errors import CorruptError
 
@@ -77,15 +78,15 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _parse_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
     try:
-        document = json.loads(metadata[METADATA_KEY])
+        document = read_object(metadata, METADATA_KEY)
         version, alphas, provenance = document["format"], document["alphas"], document["provenance"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptError(METADATA_KEY, f"the metadata cannot be read: {error!r:.100}", _FIX) from None
+    except KeyError as error:
+        raise CorruptError(METADATA_KEY, f"the metadata lacks {error}", _FIX) from None
     if version != VERSION:
         raise CorruptError(METADATA_KEY, f"format {version!r}, this program reads {VERSION}", "update lora-pipeline")
     if not isinstance(alphas, dict) or not isinstance(provenance, dict):
         raise CorruptError(METADATA_KEY, "alphas and provenance must be objects", _FIX)
     for target, alpha in alphas.items():
-        if type(alpha) not in (int, float) or not abs(alpha) < sys.float_info.max:
+        if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:
             raise CorruptError(target, f"alpha is {alpha!r:.80}", _FIX)
     return {target: float(alpha) for target, alpha in alphas.items()}, provenance

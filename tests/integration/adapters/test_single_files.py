@@ -11,14 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_pipeline.adapters import save_adapter
 from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.adapters.checkpoints.single_file import slots_for, slots_of_file
 from lora_pipeline.adapters.checkpoints.slots import Place
+from lora_pipeline.adapters.fingerprint import base_fingerprint
 from lora_pipeline.adapters.header import TensorEntry
 from lora_pipeline.adapters.lora import LoraFactors
-from lora_pipeline.adapters.merging import convert_checkpoint, merge
+from lora_pipeline.adapters.merging import convert_checkpoint, merge, undo
 from lora_pipeline.adapters.storage import read_tensors
 from lora_pipeline.adapters.weights import open_weights
+from lora_pipeline.errors import PipelineError, UsageError
+from stages.convert import convert as convert_command
+from stages.merge import merge as merge_command
 
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -270,3 +275,94 @@ def test_every_name_of_the_published_unets_is_diffusers_name(family: str) -> Non
         assert model == "vae" or len(found) == COUNTS[family]
     entries = {key: TensorEntry("F16", slot.shape, 0, 0) for key, slot in slots.items()}
     assert slots_of_file(entries) == slots
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    left, right = open_weights(one), open_weights(other)
+    return left.places.keys() == right.places.keys() and all(
+        torch.equal(left.read(name), right.read(name)) for name in left.places
+    )
+
+
+def test_a_model_goes_through_every_form_by_command(
+    tmp_path: Path, make_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder("sd1")
+    (folder / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_PIPE_TRACKING", "off")
+    single, old, back = Path("x.safetensors"), Path("x.ckpt"), Path("back")
+    convert_command(folder, single, to="single")
+    convert_command(single, old, to="ckpt")
+    convert_command(old, back, to="folder", like=folder)
+    convert_command(old, back, to="folder", like=folder)  # a model may be replaced
+    assert same_tensors(folder, back)
+    assert base_fingerprint(old) == base_fingerprint(single)
+    convert_command(folder, single, to="single", dtype="float32")
+    assert {each.dtype for name, each in read_tensors(single)[0].items() if "diffusion" in name} == {torch.float32}
+
+
+def test_a_ckpt_that_torch_wrote_is_merged_into_and_undone(tmp_path: Path, make_folder: Callable[[str], Path]) -> None:
+    folder, base = make_folder("sd2"), tmp_path / "base.safetensors"
+    convert_checkpoint(folder, base)
+    torch.save({"state_dict": read_tensors(base)[0], "epoch": 1}, tmp_path / "base.ckpt")
+    shape = open_weights(base).shape("unet.conv_in.weight")
+    factors = LoraFactors(torch.ones(2, *shape[1:]), torch.ones(shape[0], 2, 1, 1), 0.5)
+    parts = [("a", Adapter({"unet.conv_in": factors}), 0.7)]
+    merge(base, parts, tmp_path / "one.safetensors", None)
+    merge(tmp_path / "base.ckpt", parts, tmp_path / "two.ckpt", None)
+    assert same_tensors(tmp_path / "one.safetensors", tmp_path / "two.ckpt")
+    undo(tmp_path / "two.ckpt", tmp_path / "base.ckpt", tmp_path / "back.safetensors")
+    assert read_tensors(tmp_path / "back.safetensors")[0].keys() == read_tensors(base)[0].keys()
+    assert same_tensors(tmp_path / "back.safetensors", base)
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "options"),
+    [
+        ("x.safetensors", "y.ckpt", {"to": "single"}),
+        ("x.safetensors", "y.safetensors", {"to": "ckpt"}),
+        ("x.safetensors", "y.safetensors", {"to": "folder"}),
+        ("x.safetensors", "pictures", {"to": "folder", "like": Path("sd1")}),
+        ("x.safetensors", "y", {"to": "folder"}),
+        ("x.safetensors", "y.safetensors", {"to": "single", "rank": 4}),
+        ("x.safetensors", "x.safetensors", {"to": "single"}),
+        ("adapter.safetensors", "y.safetensors", {"to": "single"}),
+        ("adapter.safetensors", "y.safetensors", {"to": "kohya", "like": Path("sd1")}),
+        ("x.safetensors", "y.safetensors", {"to": "kohya"}),
+        ("x.safetensors", "y.safetensors", {"to": "single", "dtype": "int8"}),
+    ],
+)
+def test_conversions_that_cannot_be_are_refused(
+    tmp_path: Path,
+    make_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    out: str,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_PIPE_TRACKING", "off")
+    convert_checkpoint(make_folder("sd1"), Path("x.safetensors"))
+    save_adapter(
+        Adapter({"unet.conv_in": LoraFactors(torch.ones(1, 4, 3, 3), torch.ones(16, 1, 1, 1), 1.0)}),
+        Path("adapter.safetensors"),
+    )
+    Path("pictures").mkdir()
+    Path("pictures/a.png").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in Path().glob("*.safetensors")}
+    with pytest.raises(PipelineError):
+        convert_command(Path(source), Path(out), **options)
+    assert {path: path.read_bytes() for path in Path().glob("*.safetensors")} == before
+    assert Path("pictures/a.png").read_bytes() == b"mine"
+
+
+def test_a_merge_never_replaces_a_folder_that_is_no_model(
+    tmp_path: Path, make_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    Path("pictures/a.png").write_bytes(b"mine")
+    with pytest.raises(UsageError, match="something else"):
+        merge_command(make_folder("sd1"), Path("pictures"), files=["a.safetensors"])
+    assert Path("pictures/a.png").read_bytes() == b"mine"

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.composition import compose, digest
+from lora_pipeline.adapters.composition import blend, compose, digest
 from lora_pipeline.adapters.lora import LoraFactors, concatenated
+from lora_pipeline.adapters.recipes import Recipe
 from lora_pipeline.errors import CorruptError, ParamsError
 
 Make = Callable[..., Adapter]
@@ -89,6 +90,15 @@ def test_one_token_with_two_meanings_is_refused(make_adapter: Make) -> None:
 def test_adapters_of_two_bases_are_refused(make_adapter: Make) -> None:
     with pytest.raises(CorruptError, match="base"):
         compose([("first", make_adapter(1, base="b1"), 1.0), ("second", make_adapter(2, base="b2"), 1.0)])
+
+
+@pytest.mark.parametrize("method", ["sum", "ties"])
+def test_adapters_of_different_architectures_are_named(method: str) -> None:
+    wide, narrow = (LoraFactors(torch.ones(1, width), torch.ones(5, 1), 1.0) for width in (8, 6))
+    parts = [("one", Adapter({"unet.a": wide}), 1.0), ("two", Adapter({"unet.a": narrow}), 1.0)]
+    with pytest.raises(CorruptError, match=r"\(5, 8\) to one, and of \(5, 6\) to two") as refused:
+        blend(parts, Recipe(method, density=None if method == "sum" else 0.5))
+    assert refused.value.where == "unet.a"
 
 
 def test_provenance_names_parents_and_weights(make_adapter: Make) -> None:

@@ -79,6 +79,8 @@ def broken_native(change: Callable[[dict[str, torch.Tensor], dict[str, object]],
         lambda _, document: document["alphas"].update({TARGET: math.nan}),
         lambda _, document: document["alphas"].update({TARGET: 10**400}),
         lambda _, document: document.update(provenance=[]),
+        lambda _, document: document.update(provenance={"loss": math.nan}),
+        lambda _, document: document.update(provenance={"loss": math.inf}),
         lambda tensors, _: tensors.update({"embedding.<a>": torch.ones(3)}),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.adapters.checkpoints import slots
@@ -18,7 +19,7 @@ from lora_pipeline.adapters.composition import compose
 from lora_pipeline.adapters.fingerprint import base_fingerprint
 from lora_pipeline.adapters.header import TensorEntry
 from lora_pipeline.adapters.lora import LoraFactors
-from lora_pipeline.adapters.merging import merge
+from lora_pipeline.adapters.merging import merge, undo
 from lora_pipeline.adapters.storage import read_tensor, read_tensors, write_tensors
 from lora_pipeline.errors import CorruptError, MissingError, ParamsError
 
@@ -113,6 +114,23 @@ def test_other_files_are_copied_and_stale_weights_left_out(
     stale = {"unet/diffusion_pytorch_model.fp16.safetensors", "v1.ckpt"}
     assert copied == originals - stale | {"lora_pipeline.json"}
     assert (tmp_path / "out" / "vae" / "weights.safetensors").read_bytes() == b"vae"
+
+
+def test_files_that_nothing_touches_keep_every_byte_and_undoing_gives_all_of_them_back(
+    tmp_path: Path, make_base: MakeBase
+) -> None:
+    """Other programs order a file's header otherwise."""
+    base = make_base()
+    for name in (UNET, TEXT):
+        save_file({key: tensor.contiguous() for key, tensor in read_tensors(base / name)[0].items()}, base / name)
+    factors = LoraFactors(torch.ones(1, 4), torch.ones(6, 1), 1.0)
+    parts = [("a", Adapter({"unet.mid_block.attentions.0.to_q": factors}), 1.0)]
+    merge(base, parts, tmp_path / "merged", None)
+    assert (tmp_path / "merged" / TEXT).read_bytes() == (base / TEXT).read_bytes()
+    assert (tmp_path / "merged" / UNET).read_bytes() != (base / UNET).read_bytes()
+    undo(tmp_path / "merged", base, tmp_path / "undone")
+    for name in (UNET, TEXT):
+        assert (tmp_path / "undone" / name).read_bytes() == (base / name).read_bytes()
 
 
 @pytest.mark.parametrize("level", ["", "text_model."])
