@@ -22,6 +22,7 @@ from pathlib import Path
 from lora_pipeline.errors import BusyError, MissingError, ParamsError, UsageError
 
 WORK = Path(".work")
+FINISHED = "finished"  # in a work folder that is kept: its run ended, and its outs stand
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
