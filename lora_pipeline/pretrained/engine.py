@@ -10,6 +10,7 @@ import torch._dynamo
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
+BACKEND = "inductor"
 _REPEATED = (BasicTransformerBlock, ResnetBlock2D)
 _SHAPES = 128  # of one kind of block: each channel count, picture size and set of factors is compiled once
 
@@ -36,7 +37,7 @@ def compiled(unet: Any, wanted: bool) -> Iterator[None]:
     blocks = [module for module in unet.modules() if isinstance(module, _REPEATED)]
     with torch._dynamo.config.patch(recompile_limit=_SHAPES):
         for block in blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, backend=BACKEND)
         try:
             yield
         finally:

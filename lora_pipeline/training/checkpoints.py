@@ -99,6 +99,22 @@ def load_checkpoint(work: Path) -> tuple[Position, dict[str, Tensor]] | None:
         raise CorruptError(str(work / name), f"cannot be read: {error!r:.100}", fix) from None
 
 
+def check_space(work: Path, size: int) -> None:
+    """Refuses a folder that cannot be written to, or has no room for two checkpoints of `size` bytes.
+
+    Raises:
+        ResourceError: No space left.
+        MissingError: The folder cannot be written to.
+    """
+    probe = work / ".probe"
+    with disk_errors(work):
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, 2 * max(size, 1))
+        finally:
+            probe.unlink(missing_ok=True)
+
+
 def _write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(f"{text}\n")
