@@ -42,7 +42,9 @@ def train(
     from lora_pipeline.data.dataset import content_hash, read_examples
     from lora_pipeline.pretrained.components import load_components
     from lora_pipeline.training.curve import draw_losses, write_losses
+    from lora_pipeline.training.memory import used_bytes
     from lora_pipeline.training.phases import phases_of
+    from lora_pipeline.training.processes import rank
     from lora_pipeline.training.tuning import Task, tune
 
     def settings() -> dict[str, Json]:
@@ -53,19 +55,31 @@ def train(
 
     params = load_params(PARAMS)
     section = entry(params.concepts, "concepts", concept)
-    with stage("train", concept, out=out, inputs=[base, images, priors], section=settings) as run:
+
+    def task_of() -> Task:
         pictures = read_examples(images), read_examples(priors)
-        task = Task(concept, section.placeholder_token, *pictures, section.train, params.seed)
+        return Task(concept, section.placeholder_token, *pictures, section.train, params.seed)
+
+    if rank() > 0:  # the first process writes, and tells the others where it goes on
+        tune(load_components(base), task_of(), out, lambda _, __: None)
+        return
+
+    def lasting() -> dict[str, Json]:
+        return without_steps(settings())
+
+    with stage("train", concept, out=out, inputs=[base, images, priors], section=settings, lasting=lasting) as run:
+        run.building.mkdir(parents=True)  # before hours of work, in case it cannot be
+        task = task_of()
         components = load_components(base)
         total = sum(phase.steps for phase in phases_of(section.train))
         with run.progress(total, "steps") as advance:
 
             def report(step: int, values: dict[str, float]) -> None:
-                advance(step)
+                advance(step, f"loss {values['loss']:.4g}, {used_bytes() / 1e9:.2g} GB")
                 for name, value in values.items():
                     run.tracker.metric(name, value, step)
 
-            tuned = tune(components, task, run.work, report)
+            tuned = tune(components, task, run.work, report, lambda line: typer.echo(line, err=True))
         provenance: dict[str, Json] = {
             "base": base_fingerprint(base),
             "code": version("lora-pipeline"),
@@ -76,11 +90,19 @@ def train(
             "priors": content_hash(task.priors),
         }
         adapter = Adapter(tuned.factors, tuned.embeddings, provenance)
-        run.building.mkdir(parents=True)
         save_adapter(adapter, run.building / "tuned.safetensors")
         write_losses(tuned.losses, run.building / "loss.csv")
         draw_losses(tuned.losses, run.building / "loss.png")
         draw_samples(components, adapter, section, run.building / "samples.png")
+
+
+def without_steps(settings: dict[str, Json]) -> dict[str, Json]:
+    """What a run of another length, or one told to keep its state more often, has in common with this one."""
+    train: dict[str, Json] = dict(settings["train"])  # type: ignore[arg-type]
+    for phase in ("inversion", "tuning"):
+        values: dict[str, Json] = dict(train[phase])  # type: ignore[arg-type]
+        train[phase] = {key: value for key, value in values.items() if key != "steps"}
+    return {**settings, "train": {key: value for key, value in train.items() if key != "checkpoint_every"}}
 
 
 def draw_samples(components: Components, adapter: Adapter, section: ConceptParams, path: Path) -> None:

@@ -112,7 +112,8 @@ class OptimiserParams(Section):
     options: dict[Text, Any]
     weight_decay: NotNegative
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-    warm_up: Dropout
+    schedule_options: dict[Text, Any]
+    warm_up: NotNegative
     accumulation: AtLeastOne
     clip_norm: Positive | None
     ema: Annotated[Float, Field(gt=0, lt=1)] | None

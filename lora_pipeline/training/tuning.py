@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,16 +18,32 @@ from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
 from lora_pipeline.data.dataset import Example
 from lora_pipeline.injection import inject, tokens
 from lora_pipeline.pretrained.encoding import encode_prompts, tokenize
+from lora_pipeline.pretrained.engine import checkpointed, compiled
+from lora_pipeline.pretrained.schedules import rate_factors
+from lora_pipeline.pretrained.threads import is_small
 from lora_pipeline.training.batches import EncodedExample, Sampler, encode_examples
+from lora_pipeline.training.checkpoints import check_space
 from lora_pipeline.training.checks import check_task, located
 from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.loop import LossAt, Report, StepLoss, Stretch, train
+from lora_pipeline.training.memory import (
+    Needs,
+    activation_bytes,
+    available_bytes,
+    check_memory,
+    learning_bytes,
+    weight_bytes,
+)
 from lora_pipeline.training.objective import denoising_loss, schedule_of
 from lora_pipeline.training.optimisation import guard_norms
 from lora_pipeline.training.phases import INVERSION, TUNING, Phase, phases_of
+from lora_pipeline.training.placement import moved, placed
+from lora_pipeline.training.processes import together
+from lora_pipeline.training.rates import rates_of
 
 if TYPE_CHECKING:
     from lora_pipeline.params import TrainParams
+    from lora_pipeline.params.training import OptimiserParams
     from lora_pipeline.pretrained.components import Components
 
 BRANCH = "tuned"
@@ -70,7 +87,9 @@ class Tuned:
     losses: Sequence[StepLoss]
 
 
-def tune(components: Components, task: Task, work: Path, report: Report) -> Tuned:
+def tune(
+    components: Components, task: Task, work: Path, report: Report, say: Callable[[str], None] = lambda _: None
+) -> Tuned:
     """Trains; a call that was killed goes on where its last checkpoint is and ends in the same bytes.
 
     Args:
@@ -78,13 +97,23 @@ def tune(components: Components, task: Task, work: Path, report: Report) -> Tune
         task: What is to be learnt.
         work: Where checkpoints are kept, for this base and task alone; they stay there.
         report: Told the number of steps done and `loss` and `gradient_norm`, after each.
+        say: Told what a user should know before the first step.
 
     Raises:
-        ParamsError: A value that cannot be for this base and these pictures; or the loss stopped being finite.
+        ParamsError: A value that cannot be for this base and these pictures; or the loss stopped being finite, or
+            diverges.
         CorruptError: A damaged picture, a caption without the placeholder, a damaged checkpoint.
+        MissingError: The optimiser's package is not installed.
         ResourceError: No space left for a checkpoint.
     """
-    with located(task.name), private(components) as mine:
+    engine = task.params.engine
+    with (
+        located(task.name),
+        together() as crew,
+        private(components) as mine,
+        placed(mine, engine.precision),
+        checkpointed(mine.unet, engine.gradient_checkpointing),
+    ):
         phases = phases_of(task.params)
         check_task(task, phases, mine.tokenizer)
         learning = [phase.name for phase in phases]
@@ -94,10 +123,12 @@ def tune(components: Components, task: Task, work: Path, report: Report) -> Tune
         tokenize(mine, [example.caption for example in (*task.examples, *task.priors)])  # refuses those too long
         pools = encode_examples(mine.vae, task.examples), encode_examples(mine.vae, task.priors)
         stretches = [_stretch(mine, task, phase, pools, embedding) for phase in phases]
-        losses = train(stretches, work, task.params.checkpoint_every, report)
+        _check_room(mine, task, stretches, pools[0][0].mean.shape, work if crew.first else None, say)
+        with compiled(mine.unet, engine.compile):
+            losses = train(stretches, work, task.params, report, crew, say)
         factors = inject.collect(mine.unet, UNET, BRANCH) | inject.collect(mine.text_encoder, TEXT_ENCODER, BRANCH)
-        rows = {} if embedding is None else {embedding.token: embedding.rows.detach().clone()}
-        return Tuned(factors, rows, losses)
+        rows = {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
+        return Tuned({target: moved(each, torch.device("cpu")) for target, each in factors.items()}, rows, losses)
 
 
 @contextmanager
@@ -145,8 +176,13 @@ def _stretch(
 ) -> Stretch:
     inverting = phase.name == INVERSION
     parameters: dict[str, nn.Parameter] = {}
+    rates: dict[str, float] = {}
     if not inverting:
-        parameters = inject.trainable(mine.unet) | inject.trainable(mine.text_encoder)
+        everything = inject.trainable(mine.unet) | inject.trainable(mine.text_encoder)
+        rates = rates_of(everything, task.params.tuning)
+        parameters = {name: parameter for name, parameter in everything.items() if rates[name] > 0}
+        for name in everything.keys() - parameters.keys():
+            everything[name].requires_grad_(False)
     elif embedding is not None:
         parameters = {_ROWS: embedding.rows}
         largest = float(embedding.weight.norm(dim=1).max())
@@ -163,7 +199,45 @@ def _stretch(
         if inverting and embedding is not None:
             guard_norms(embedding.rows, largest)
 
-    return Stretch(phase, parameters, enter, after_step)
+    factor = rate_factor(task.params.optimiser, phase.steps)
+    return Stretch(phase, parameters, enter, after_step, factor, rates, frozenset({_ROWS}))
+
+
+def _check_room(
+    mine: Components, task: Task, stretches: Sequence[Stretch], latents: tuple[int, ...], work: Path | None,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Refuses a run for which disk or memory will not do; a small base's activations are not worth looking at.
+
+    Raises:
+        ResourceError, MissingError: See `check_space` and `check_memory`.
+    """
+    learning = {name: each for stretch in stretches for name, each in stretch.parameters.items()}
+    needed = learning_bytes(task.params, sum(each.numel() for each in learning.values()))
+    if work is not None:
+        check_space(work, needed)
+    if is_small(mine.unet):
+        return
+    batch = task.params.batch_size * (2 if any(stretch.phase.prior_weight > 0 for stretch in stretches) else 1)
+    conditioning = mine.tokenizer.model_max_length, mine.unet.config.cross_attention_dim
+    kept = activation_bytes(mine.unet, latents, conditioning, batch)
+    needs = Needs(weight_bytes([mine.unet, mine.text_encoder, mine.vae]), kept, needed)
+    check_memory(needs, available_bytes(mine.unet.device), task.params, say)
+
+
+def rate_factor(params: OptimiserParams, steps: int) -> Callable[[int, int], float]:
+    """The factor of the learning rate at a step of a phase of so many steps.
+
+    Raises:
+        ParamsError: See `rate_factors`; tried for `steps`.
+    """
+
+    @functools.cache
+    def factors(steps: int) -> Callable[[int], float]:
+        return rate_factors(params.schedule, params.warm_up, params.schedule_options, steps)
+
+    factors(steps)
+    return lambda step, steps: factors(steps)(step)
 
 
 def live(mine: Components) -> Condition:
@@ -190,11 +264,11 @@ def loss_of(mine: Components, sampler: Sampler, condition: Condition) -> LossAt:
     schedule = schedule_of(mine.scheduler)
 
     def predict(noisy: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        noisy = noisy.to(conditioning.dtype).contiguous(memory_format=torch.channels_last)
         return cast(Tensor, mine.unet(noisy, timesteps, conditioning, return_dict=False)[0])
 
     def loss_at(step: int) -> Tensor:
-        batch = sampler.batch(step)
+        batch = moved(sampler.batch(step), mine.unet.device)
         return denoising_loss(
             predict, schedule, batch.latents, condition(batch.captions), batch.noise, batch.timesteps, batch.weights
         ).sum()

@@ -1,10 +1,11 @@
-"""Kills a real run after some of its steps and starts it again: `python tune_run.py FOLDER`; forks, so runs alone."""
+"""Kills real runs after some of their steps and starts them again: `python tune_run.py FOLDER`; forks, so runs alone."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tiny
@@ -38,9 +39,19 @@ def forked(folder: Path, task: Task, name: str, kill_at: int) -> bytes | None:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     task = tiny.task(folder, {"adapter.text_encoder_targets": ["*q_proj"], "captions.dropout": 0.3})
-    truth = forked(folder, task, "undisturbed", 0)
-    for kills in ((1,), (2, 3), (3, 4), (5, 6, 7)):
-        name = f"killed-{kills[0]}"
+    params = task.params
+    killed(folder, task, "plain", ((1,), (2, 3), (3, 4), (5, 6, 7)))
+    params.optimiser.name, params.optimiser.ema, params.optimiser.accumulation = "prodigy", 0.6, 2
+    killed(folder, task, "rich", ((1,), (3, 4), (5, 6, 7)))
+    params.tuning.steps = 7
+    grown = forked(folder, task, "rich-undisturbed", 0)
+    assert grown == forked(folder, task, "straight", 0)
+
+
+def killed(folder: Path, task: Task, label: str, series: Sequence[Sequence[int]]) -> None:
+    truth = forked(folder, task, f"{label}-undisturbed", 0)
+    for kills in series:
+        name = f"{label}-{kills[0]}"
         for kill_at in kills:
             forked(folder, task, name, kill_at)
         assert forked(folder, task, name, 0) == truth, kills
