@@ -35,9 +35,24 @@ def forked(folder: Path, task: Task, name: str, kill_at: int) -> bytes | None:
     return None if kill_at else (folder / f"{name}.safetensors").read_bytes()
 
 
+TEXT = {"adapter.text_encoder_targets": ["*q_proj"], "captions.dropout": 0.3}
+# Everything that draws, and everything that stands between a draw and the loss.
+RANDOM = {
+    "inversion.timesteps": [0.2, 1.0], "tuning.timesteps": [0.0, 0.8], "prior.target": "prediction",
+    "objective.loss": "huber", "objective.weighting": "min_snr", "objective.timesteps": "logit_normal",
+    "objective.offset_noise": 0.1, "objective.pyramid_noise": 0.3, "objective.input_perturbation": 0.1,
+    "objective.zero_terminal_snr": True, "objective.mask_background": 0.1,
+}  # fmt: skip
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    task = tiny.task(folder, {"adapter.text_encoder_targets": ["*q_proj"], "captions.dropout": 0.3})
+    for name, changes in (("plain", TEXT), ("random", TEXT | RANDOM)):
+        (folder / name).mkdir()
+        killed(folder / name, tiny.with_masks(tiny.task(folder / name, changes)))
+
+
+def killed(folder: Path, task: Task) -> None:
     truth = forked(folder, task, "undisturbed", 0)
     for kills in ((1,), (2, 3), (3, 4), (5, 6, 7)):
         name = f"killed-{kills[0]}"
