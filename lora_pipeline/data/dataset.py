@@ -1,4 +1,7 @@
-"""A folder of pictures with `metadata.jsonl` (file_name, text), the layout of Hugging Face's imagefolder."""
+"""A folder of pictures with `metadata.jsonl`, the layout of Hugging Face's imagefolder.
+
+A line is {file_name, text}, and {mask_file_name} too where the picture has a mask.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,25 @@ METADATA = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and what it shows."""
+    """A picture, what it shows, and perhaps a mask of where the concept is in it."""
 
     image: Path
     caption: str
+    mask: Path | None = None
 
 
-def write_metadata(folder: Path, captions: Mapping[str, str]) -> None:
+def write_metadata(folder: Path, captions: Mapping[str, str], masks: Mapping[str, str] | None = None) -> None:
     """Writes `metadata.jsonl`, sorted by file name.
 
     Args:
         folder: Where the pictures are.
         captions: By file name, without folders.
+        masks: File names of masks in the same folder, by the picture's.
     """
-    rows = [json.dumps({"file_name": name, "text": captions[name]}, ensure_ascii=False) for name in sorted(captions)]
+    rows = []
+    for name in sorted(captions):
+        mask = {"mask_file_name": masks[name]} if masks and name in masks else {}
+        rows.append(json.dumps({"file_name": name, "text": captions[name]} | mask, ensure_ascii=False))
     (folder / METADATA).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
@@ -41,21 +49,21 @@ def read_examples(folder: Path) -> tuple[Example, ...]:
     """The folder's examples, sorted by file name; none if its metadata is empty.
 
     Raises:
-        MissingError: No metadata, or a picture it names is not there.
+        MissingError: No metadata, or a picture or mask it names is not there.
         CorruptError: A line that is not `{"file_name": ..., "text": ...}`, or a name twice or outside the folder.
     """
     path = folder / METADATA
     if not path.is_file():
         raise MissingError(str(path), "no such file", "run the stage that makes it, such as lora-pipe preprocess")
-    captions: dict[str, str] = {}
+    examples: dict[str, Example] = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        name, caption = _row(f"{path}:{number}", line)
-        if name in captions or Path(name).name != name:
-            raise CorruptError(f"{path}:{number}", f"{name!r} is there twice or outside the folder", "make it again")
-        if not (folder / name).is_file():
-            raise MissingError(str(folder / name), "no such picture", "run the stage that makes it again")
-        captions[name] = caption
-    return tuple(Example(folder / name, captions[name]) for name in sorted(captions))
+        where = f"{path}:{number}"
+        name, caption, mask = _row(where, line)
+        if name in examples:
+            raise CorruptError(where, f"{name!r} is there twice", "make it again")
+        masked = None if mask is None else _inside(where, folder, mask)
+        examples[name] = Example(_inside(where, folder, name), caption, masked)
+    return tuple(examples[name] for name in sorted(examples))
 
 
 def load_pixels(examples: Sequence[Example]) -> Tensor:
@@ -78,20 +86,30 @@ def load_pixels(examples: Sequence[Example]) -> Tensor:
 
 
 def content_hash(examples: Sequence[Example]) -> str:
-    """Sha-256 over names, captions and picture bytes."""
+    """Sha-256 over names, captions and the bytes of pictures and masks."""
     total = hashlib.sha256()
     for example in examples:
         contents = hashlib.sha256(example.image.read_bytes()).hexdigest()
+        if example.mask is not None:
+            contents += f" {hashlib.sha256(example.mask.read_bytes()).hexdigest()}"
         total.update(f"{json.dumps([example.image.name, example.caption])} {contents}\n".encode())
     return total.hexdigest()
 
 
-def _row(where: str, line: str) -> tuple[str, str]:
+def _row(where: str, line: str) -> tuple[str, str, str | None]:
     try:
         row = json.loads(line)
-        name, caption = row["file_name"], row["text"]
+        name, caption, mask = row["file_name"], row["text"], row.get("mask_file_name")
     except (ValueError, KeyError, TypeError, RecursionError):
-        name = caption = None
-    if not isinstance(name, str) or not isinstance(caption, str):
+        name = caption = mask = None
+    if not isinstance(name, str) or not isinstance(caption, str) or not isinstance(mask, str | None):
         raise CorruptError(where, "is no {file_name, text} line", "run the stage that makes it again")
-    return name, caption
+    return name, caption, mask
+
+
+def _inside(where: str, folder: Path, name: str) -> Path:
+    if Path(name).name != name:
+        raise CorruptError(where, f"{name!r} is outside the folder", "make it again")
+    if not (folder / name).is_file():
+        raise MissingError(str(folder / name), "no such picture", "run the stage that makes it again")
+    return folder / name

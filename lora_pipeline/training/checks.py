@@ -40,8 +40,10 @@ def check_task(task: Task, phases: tuple[Phase, ...], tokenizer: Any) -> None:
     if not task.examples:
         raise ParamsError("images", "there is no picture to learn from", "run lora-pipe preprocess for this concept")
     if TUNING in learning and params.prior.weight > 0 and not task.priors:
-        fix = "set priors.count above 0, or prior.weight to 0"
-        raise ParamsError("prior.weight", f"is {params.prior.weight}, and there are no class pictures", fix)
+        check_anchors(task)
+    if params.objective.mask_background is not None and not any(example.mask for example in task.examples):
+        fix = "put NAME.mask.png beside NAME.png and run lora-pipe preprocess, or set it to null"
+        raise ParamsError("objective.mask_background", "is set, and no picture has a mask", fix)
     if TUNING in learning and not [*params.adapter.unet_targets, *params.adapter.text_encoder_targets]:
         raise ParamsError("adapter.unet_targets", "names no layer", 'name some, such as "*attn*.to_q"')
     if INVERSION in learning:
@@ -51,6 +53,21 @@ def check_task(task: Task, phases: tuple[Phase, ...], tokenizer: Any) -> None:
         check_initializer(tokenizer, params.token.initializer)
     for example in task.examples:
         check_caption(str(example.image), example.caption, task.token, None)
+
+
+def check_anchors(task: Task) -> None:
+    """Refuses priors without class pictures, unless the base's predictions on one's own pictures can stand for them.
+
+    Raises:
+        ParamsError: They cannot.
+    """
+    weight = task.params.prior.weight
+    if task.params.prior.target == "pictures":
+        fix = "set priors.count above 0, prior.weight to 0, or prior.target to prediction"
+        raise ParamsError("prior.weight", f"is {weight}, and there are no class pictures", fix)
+    if task.token is None:
+        problem = "is prediction without class pictures, and without a token no caption leaves the concept out"
+        raise ParamsError("prior.target", problem, "set priors.count above 0, or prior.weight to 0")
 
 
 def check_initializer(tokenizer: Any, initializer: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ class Phase:
         text_learns: Whether the text encoder's outputs change within the phase; else they are computed once.
         prior_weight: 0 in inversion: class captions do not hold the placeholder, so priors could teach it nothing.
         caption_dropout: The share of captions left empty, in [0, 1]; 0 in inversion, for the same reason.
+        window: [from, to]: which shares of the noise levels are learnt from, in [0, 1].
     """
 
     name: str
@@ -33,6 +35,7 @@ class Phase:
     text_learns: bool
     prior_weight: float
     caption_dropout: float
+    window: Sequence[float]
 
 
 def phases_of(params: TrainParams) -> tuple[Phase, ...]:
@@ -44,7 +47,15 @@ def phases_of(params: TrainParams) -> tuple[Phase, ...]:
     if params.method not in METHODS:
         raise ParamsError("method", f"{params.method!r} is no method", f"use one of {', '.join(METHODS)}")
     known = {
-        INVERSION: Phase(INVERSION, params.inversion.steps, params.inversion.learning_rate, True, 0.0, 0.0),
+        INVERSION: Phase(
+            INVERSION,
+            params.inversion.steps,
+            params.inversion.learning_rate,
+            True,
+            0.0,
+            0.0,
+            params.inversion.timesteps,
+        ),
         TUNING: Phase(
             TUNING,
             params.tuning.steps,
@@ -52,6 +63,7 @@ def phases_of(params: TrainParams) -> tuple[Phase, ...]:
             bool(params.adapter.text_encoder_targets),
             params.prior.weight,
             params.captions.dropout,
+            params.tuning.timesteps,
         ),
     }
     for name in METHODS[params.method]:

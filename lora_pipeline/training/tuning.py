@@ -21,7 +21,7 @@ from lora_pipeline.pretrained.encoding import encode_prompts, tokenize
 from lora_pipeline.pretrained.engine import checkpointed, compiled
 from lora_pipeline.pretrained.schedules import rate_factors
 from lora_pipeline.pretrained.threads import is_small
-from lora_pipeline.training.batches import EncodedExample, Sampler, encode_examples
+from lora_pipeline.training.batches import EncodedExample, Sampler, anchors_of, encode_examples
 from lora_pipeline.training.checkpoints import check_space
 from lora_pipeline.training.checks import check_task, located
 from lora_pipeline.training.draws import generator_for
@@ -34,7 +34,8 @@ from lora_pipeline.training.memory import (
     learning_bytes,
     weight_bytes,
 )
-from lora_pipeline.training.objective import denoising_loss, schedule_of
+from lora_pipeline.training.noising import noised, target_of
+from lora_pipeline.training.objective import Objective, errors, objective_of
 from lora_pipeline.training.optimisation import guard_norms
 from lora_pipeline.training.phases import INVERSION, TUNING, Phase, phases_of
 from lora_pipeline.training.placement import moved, placed
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 BRANCH = "tuned"
 _ROWS = "rows"
 Condition = Callable[[Sequence[str]], Tensor]
+Anchor = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Task:
         name: The concept's, for errors.
         token: Its placeholder token, or None.
         examples: Its pictures.
-        priors: Pictures of its class; may be empty where prior_weight is 0.
+        priors: Pictures of its class; may be empty where prior.weight is 0, or prior.target is prediction.
         params: How to train.
         seed: All draws depend on it.
     """
@@ -121,7 +123,7 @@ def tune(
         if TUNING in learning:
             _add_branches(mine, task)
         tokenize(mine, [example.caption for example in (*task.examples, *task.priors)])  # refuses those too long
-        pools = encode_examples(mine.vae, task.examples), encode_examples(mine.vae, task.priors)
+        pools = _pools(mine, task)
         stretches = [_stretch(mine, task, phase, pools, embedding) for phase in phases]
         _check_room(mine, task, stretches, pools[0][0].mean.shape, work if crew.first else None, say)
         with compiled(mine.unet, engine.compile):
@@ -129,6 +131,15 @@ def tune(
         factors = inject.collect(mine.unet, UNET, BRANCH) | inject.collect(mine.text_encoder, TEXT_ENCODER, BRANCH)
         rows = {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
         return Tuned({target: moved(each, torch.device("cpu")) for target, each in factors.items()}, rows, losses)
+
+
+def _pools(mine: Components, task: Task) -> tuple[list[EncodedExample], list[EncodedExample]]:
+    """Instances and priors; where there are no class pictures the base is asked about the concept's own."""
+    own = encode_examples(mine.vae, task.examples, task.params.objective.mask_background)
+    of_class = encode_examples(mine.vae, task.priors)
+    if not of_class and task.token is not None and task.params.prior.target == "prediction":
+        return own, anchors_of(own, task.token)
+    return own, of_class
 
 
 @contextmanager
@@ -175,6 +186,7 @@ def _stretch(
     embedding: tokens.PlaceholderEmbedding | None,
 ) -> Stretch:
     inverting = phase.name == INVERSION
+    objective = objective_of(task.params, phase, mine.scheduler)
     parameters: dict[str, nn.Parameter] = {}
     rates: dict[str, float] = {}
     if not inverting:
@@ -192,8 +204,10 @@ def _stretch(
             inject.set_weights(model, {BRANCH: 0.0 if inverting else 1.0})
         captions = ["", *(example.caption for pool in pools for example in pool)]
         condition = live(mine) if phase.text_learns else cached(mine, captions)
-        schedule = schedule_of(mine.scheduler)
-        return loss_of(mine, Sampler(phase, pools, task.params.batch_size, schedule.timesteps, task.seed), condition)
+        sampler = Sampler(phase, pools, task.params.batch_size, objective, task.seed)
+        anchored = phase.prior_weight > 0 and task.params.prior.target == "prediction"
+        anchor = base_prediction(mine, live(mine) if phase.text_learns else condition) if anchored else None
+        return loss_of(mine, sampler, objective, condition, anchor)
 
     def after_step() -> None:
         if inverting and embedding is not None:
@@ -259,18 +273,57 @@ def cached(mine: Components, captions: Sequence[str]) -> Condition:
     return lambda some: known[[places[caption] for caption in some]]
 
 
-def loss_of(mine: Components, sampler: Sampler, condition: Condition) -> LossAt:
-    """The loss of a step: instances and priors go through the UNet together."""
-    schedule = schedule_of(mine.scheduler)
+def predictor(mine: Components) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The UNet as a function of noisy latents, timesteps and conditioning."""
 
     def predict(noisy: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
         noisy = noisy.to(conditioning.dtype).contiguous(memory_format=torch.channels_last)
         return cast(Tensor, mine.unet(noisy, timesteps, conditioning, return_dict=False)[0])
 
+    return predict
+
+
+def base_prediction(mine: Components, condition: Condition) -> Anchor:
+    """What the base itself says of noisy latents, timesteps and captions, with what is learnt switched off."""
+    predict = predictor(mine)
+
+    @torch.no_grad()
+    def anchor(noisy: Tensor, timesteps: Tensor, captions: Sequence[str]) -> Tensor:
+        models = (mine.unet, mine.text_encoder)
+        try:
+            for model in models:
+                inject.set_weights(model, {BRANCH: 0.0})
+            return predict(noisy, timesteps, condition(captions))
+        finally:
+            for model in models:
+                inject.set_weights(model, {BRANCH: 1.0})
+
+    return anchor
+
+
+def loss_of(
+    mine: Components, sampler: Sampler, objective: Objective, condition: Condition, anchor: Anchor | None
+) -> LossAt:
+    """The loss of a step: instances and priors go through the UNet together.
+
+    Args:
+        mine: The base, with what is learnt.
+        sampler: Gives the batches.
+        objective: What is minimised.
+        condition: Captions to what the UNet reads.
+        anchor: Gives the priors' targets; None where they are those of their pictures.
+    """
+    schedule, predict = objective.schedule, predictor(mine)
+
     def loss_at(step: int) -> Tensor:
         batch = moved(sampler.batch(step), mine.unet.device)
-        return denoising_loss(
-            predict, schedule, batch.latents, condition(batch.captions), batch.noise, batch.timesteps, batch.weights
-        ).sum()
+        noisy = noised(schedule, batch.latents, batch.shown, batch.timesteps)
+        target = target_of(schedule, batch.latents, batch.noise, batch.timesteps)
+        if anchor is not None:
+            own = batch.instances
+            said = anchor(noisy[own:], batch.timesteps[own:], batch.captions[own:])
+            target = torch.cat([target[:own], said.to(target)])
+        prediction = predict(noisy, batch.timesteps, condition(batch.captions))
+        return (batch.weights * errors(prediction, target, objective.huber_delta, batch.pixel_weights)).sum()
 
     return loss_at

@@ -14,14 +14,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 from train_values import train_params
 
 from lora_pipeline.errors import CorruptError, ParamsError, PipelineError
 from lora_pipeline.injection.tokens import add_placeholder, initial_rows
 from lora_pipeline.pretrained.components import Components
-from lora_pipeline.training.objective import denoising_loss, schedule_of
 from lora_pipeline.training.tuning import Task, Tuned, tune
 
 ROOT = Path(__file__).parents[3]
@@ -125,6 +123,9 @@ def test_priors_pull_the_class_back(tmp_path: Path) -> None:
         ({"token.initializer": "wombat"}, "concepts.zorp.train.token.initializer"),
         ({"token.initializer": " "}, "concepts.zorp.train.token.initializer"),
         ({"tuning.steps": 0}, "concepts.zorp.train.tuning.steps"),
+        ({"tuning.timesteps": [0.5001, 0.5004]}, "concepts.zorp.train.tuning.timesteps"),
+        ({"inversion.timesteps": [0.5001, 0.5004]}, "concepts.zorp.train.inversion.timesteps"),
+        ({"objective.mask_background": 0.1}, "concepts.zorp.train.objective.mask_background"),
         ({"tuning.learning_rate": math.inf}, "concepts.zorp.train.tuning.learning_rate"),
     ],
 )
@@ -143,6 +144,11 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path: Path, changes: dict[str,
         ({"priors": ()}, ParamsError, "concepts.zorp.train.prior.weight"),
         ({"examples": ()}, ParamsError, "concepts.zorp.images"),
         ({"token": None}, ParamsError, "concepts.zorp.placeholder_token"),
+        (
+            {"priors": (), "token": None, "params": train_params({"method": "lora", "prior.target": "prediction"})},
+            ParamsError,
+            "concepts.zorp.train.prior.target",
+        ),
         ({"token": "creature"}, ParamsError, "concepts.zorp.placeholder_token"),
         ({"token": "<other>"}, CorruptError, "000.png"),
     ],
@@ -160,25 +166,6 @@ def test_captions_too_long_for_the_base_are_refused(tmp_path: Path) -> None:
     long = dataclasses.replace(task.examples[0], caption="a " * 30 + "<zorp> creature")
     with pytest.raises(ParamsError, match="base reads 22"):
         run(tmp_path, dataclasses.replace(task, examples=(long,)))
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_targets_and_noise_are_those_of_diffusers(prediction: str) -> None:
-    scheduler = DDIMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    generator = torch.Generator().manual_seed(0)
-    latents, noise, answer = (torch.randn(4, 4, 2, 2, generator=generator) for _ in range(3))
-    timesteps = torch.tensor([0, 400, 998, 999])
-
-    def predict(noisy: Tensor, at: Tensor, conditioning: Tensor) -> Tensor:
-        del conditioning
-        torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, at))
-        return answer
-
-    losses = denoising_loss(
-        predict, schedule_of(scheduler), latents, torch.zeros(4, 1, 1), noise, timesteps, torch.ones(4)
-    )
-    target = {"epsilon": noise, "sample": latents, "v_prediction": scheduler.get_velocity(latents, noise, timesteps)}
-    torch.testing.assert_close(losses, (answer - target[prediction]).square().mean(dim=(1, 2, 3)))
 
 
 def test_a_token_of_several_vectors_has_as_many_rows(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,15 @@ def examples(folder: Path, caption: str, count: int) -> tuple[Example, ...]:
 def task(folder: Path, changes: Mapping[str, Any] | None = None) -> Task:
     own, of_class = examples(folder / "own", "a <zorp> creature", 3), examples(folder / "class", "a creature", 2)
     return Task("zorp", "<zorp>", own, of_class, train_params(changes or {}), seed=7)
+
+
+def with_masks(task: Task) -> Task:
+    """The same with masks of the pictures' left halves, but for the last picture."""
+    masked = []
+    for example in task.examples[:-1]:
+        mask = Image.new("L", (8, 8))
+        mask.paste(255, (0, 0, 4, 8))
+        path = example.image.with_suffix(".mask.png")
+        mask.save(path)
+        masked.append(replace(example, mask=path))
+    return replace(task, examples=(*masked, task.examples[-1]))

@@ -33,7 +33,10 @@ def run(work: Path, out: Path) -> None:
 
         return loss_at
 
-    first, second = Phase(INVERSION, 4, 0.1, True, 0.0, 0.0), Phase(TUNING, 5, 0.1, False, 0.0, 0.0)
+    first, second = (
+        Phase(INVERSION, 4, 0.1, True, 0.0, 0.0, (0.0, 1.0)),
+        Phase(TUNING, 5, 0.1, False, 0.0, 0.0, (0.0, 1.0)),
+    )
     stretches = [
         Stretch(first, {"rows": rows}, lambda: enter(INVERSION), lambda: guard_norms(rows, 1.5)),
         Stretch(second, {"matrix": matrix}, lambda: enter(TUNING), lambda: None),

@@ -1,4 +1,4 @@
-"""Kills real runs after some of their steps and starts them again: `python tune_run.py FOLDER`; forks, so runs alone."""
+"""Kills real runs after some steps and starts them again: `python tune_run.py FOLDER`; forks, so runs alone."""
 
 from __future__ import annotations
 
@@ -36,16 +36,29 @@ def forked(folder: Path, task: Task, name: str, kill_at: int) -> bytes | None:
     return None if kill_at else (folder / f"{name}.safetensors").read_bytes()
 
 
+TEXT = {"adapter.text_encoder_targets": ["*q_proj"], "captions.dropout": 0.3}
+# Everything that draws, and everything that stands between a draw and the loss.
+RANDOM = {
+    "inversion.timesteps": [0.2, 1.0], "tuning.timesteps": [0.0, 0.8], "prior.target": "prediction",
+    "objective.loss": "huber", "objective.weighting": "min_snr", "objective.timesteps": "logit_normal",
+    "objective.offset_noise": 0.1, "objective.pyramid_noise": 0.3, "objective.input_perturbation": 0.1,
+    "objective.zero_terminal_snr": True, "objective.mask_background": 0.1,
+}  # fmt: skip
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    task = tiny.task(folder, {"adapter.text_encoder_targets": ["*q_proj"], "captions.dropout": 0.3})
-    params = task.params
+    task = tiny.task(folder, TEXT)
     killed(folder, task, "plain", ((1,), (2, 3), (3, 4), (5, 6, 7)))
+    params = task.params
     params.optimiser.name, params.optimiser.ema, params.optimiser.accumulation = "prodigy", 0.6, 2
     killed(folder, task, "rich", ((1,), (3, 4), (5, 6, 7)))
     params.tuning.steps = 7
     grown = forked(folder, task, "rich-undisturbed", 0)
     assert grown == forked(folder, task, "straight", 0)
+    (folder / "drawn").mkdir()
+    drawn = tiny.with_masks(tiny.task(folder / "drawn", TEXT | RANDOM))
+    killed(folder / "drawn", drawn, "random", ((1,), (3, 4)))
 
 
 def killed(folder: Path, task: Task, label: str, series: Sequence[Sequence[int]]) -> None:

@@ -40,7 +40,7 @@ class Regression:
 
     def stretch(self, steps: int, rate: float = 0.1, **more: Any) -> Stretch:
         parameters = {"weight": self.weight, "bias": self.bias}
-        phase = Phase(TUNING, steps, rate, False, 0.0, 0.0)
+        phase = Phase(TUNING, steps, rate, False, 0.0, 0.0, [0.0, 1.0])
         return Stretch(phase, parameters, lambda: self.loss_at, lambda: None, **more)
 
     def values(self) -> list[float]:
@@ -197,7 +197,7 @@ def test_a_loss_that_diverges_stops_and_keeps_the_last_checkpoint(tmp_path: Path
 
 def test_a_gradient_that_is_not_finite_names_where_it_was_first(tmp_path: Path) -> None:
     early, late = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
-    phase = Phase(TUNING, 3, 0.1, False, 0.0, 0.0)
+    phase = Phase(TUNING, 3, 0.1, False, 0.0, 0.0, [0.0, 1.0])
 
     def loss_at(step: int) -> Tensor:
         del step

@@ -42,7 +42,7 @@ def every(steps: int) -> Any:
 
 
 def phase(steps: int, rate: float = 0.1) -> Phase:
-    return Phase(TUNING, steps, rate, False, 0.0, 0.0)
+    return Phase(TUNING, steps, rate, False, 0.0, 0.0, (0.0, 1.0))
 
 
 def test_it_finds_the_minimum_and_reports_every_step(tmp_path: Path) -> None:
