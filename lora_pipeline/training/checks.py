@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_pipeline.data.captions import check_caption
 from lora_pipeline.errors import ParamsError
-from lora_pipeline.training.phases import INVERSION, TUNING, Phase
+from lora_pipeline.injection.tokens import WORDLESS
+from lora_pipeline.training.phases import FACTORS, TOKEN, TUNING, Phase
 
 if TYPE_CHECKING:
     from lora_pipeline.training.tuning import Task
@@ -44,9 +45,9 @@ def check_task(task: Task, phases: tuple[Phase, ...], tokenizer: Any) -> None:
     if params.objective.mask_background is not None and not any(example.mask for example in task.examples):
         fix = "put NAME.mask.png beside NAME.png and run lora-pipe preprocess, or set it to null"
         raise ParamsError("objective.mask_background", "is set, and no picture has a mask", fix)
-    if TUNING in learning and not [*params.adapter.unet_targets, *params.adapter.text_encoder_targets]:
+    if any(FACTORS in phase.learns for phase in phases) and not [*params.adapter.unet_targets, *params.adapter.text_encoder_targets]:
         raise ParamsError("adapter.unet_targets", "names no layer", 'name some, such as "*attn*.to_q"')
-    if INVERSION in learning:
+    if any(TOKEN in phase.learns for phase in phases):
         if task.token is None:
             fix = "give the concept a placeholder_token such as <zorp>, or use method lora"
             raise ParamsError("placeholder_token", f"is null, and method {params.method} learns it", fix)
@@ -76,6 +77,8 @@ def check_initializer(tokenizer: Any, initializer: str) -> None:
     Raises:
         ParamsError: No word, or one that is not a single token.
     """
+    if initializer in WORDLESS:
+        return
     words = re.findall(r"\S+", initializer)
     if not words:
         raise ParamsError("token.initializer", "holds no word", "use a word the base knows, such as the class noun")

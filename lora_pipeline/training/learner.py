@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,13 @@ class Stretch:
 
     Args:
         phase: How long and how fast.
-        parameters: What learns, by names that no other stretch uses.
+        parameters: What learns; a name that two stretches use is of one parameter.
         enter: Called when the phase starts or is resumed; gives the scalar loss of a batch (from 0) of this phase.
         after_step: Called after every update.
         factor: Of the learning rate at a step (from 0) of a phase of so many steps.
         rates: Factors of the learning rate by parameter, above 0; 1 where it says nothing.
         undecayed: Parameters that weight decay leaves alone.
+        turn: Which of the parameters learn in a step; None for all of them in every step.
     """
 
     phase: Phase
@@ -51,6 +52,7 @@ class Stretch:
     factor: Callable[[int, int], float] = _flat
     rates: Mapping[str, float] = field(default_factory=dict)
     undecayed: frozenset[str] = frozenset()
+    turn: Callable[[int], Collection[str]] | None = None
 
 
 class Learner:
@@ -96,6 +98,8 @@ class Learner:
         rate = phase.learning_rate * self.stretch.factor(step, phase.steps)
         for group, own in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * own
+        if self.stretch.turn is not None:
+            self._take_turns(self.stretch.turn(step))
         loss = self._gradients(loss_at, step)
         norm = self._norm()
         value, length = torch.stack([loss, norm.to(loss)]).tolist()  # the step's only synchronisation
@@ -111,6 +115,11 @@ class Learner:
         if self.average is not None:
             self.average.follow(step + 1)
         return {"loss": value, "gradient_norm": length}
+
+    def _take_turns(self, learning: Collection[str]) -> None:
+        """Only these gather gradients; an optimiser moves nothing that has none."""
+        for name, parameter in self.stretch.parameters.items():
+            parameter.requires_grad_(name in learning)
 
     def _gradients(self, loss_at: LossAt, step: int) -> Tensor:
         """The mean loss of the step's batches, whose gradient the parameters then have."""

@@ -97,8 +97,8 @@ def _run(
 def _let_learn(stretches: Sequence[Stretch], learning: Stretch) -> None:
     """Others gather no gradients meanwhile: a resumed run would lack those of before."""
     for stretch in stretches:
-        for parameter in stretch.parameters.values():
-            parameter.requires_grad_(stretch is learning)
+        for name, parameter in stretch.parameters.items():
+            parameter.requires_grad_(name in learning.parameters)
 
 
 def _check_finite(learner: Learner, done: int) -> None:

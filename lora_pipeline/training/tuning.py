@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -37,10 +37,11 @@ from lora_pipeline.training.memory import (
 from lora_pipeline.training.noising import noised, target_of
 from lora_pipeline.training.objective import Objective, errors, objective_of
 from lora_pipeline.training.optimisation import guard_norms
-from lora_pipeline.training.phases import INVERSION, TUNING, Phase, phases_of
+from lora_pipeline.training.phases import FACTORS, INVERSION, TOKEN, TUNING, WEIGHTS, Phase, phases_of, turns
 from lora_pipeline.training.placement import moved, placed
 from lora_pipeline.training.processes import together
 from lora_pipeline.training.rates import rates_of
+from lora_pipeline.training.whole import learnt_weights, own_copies, whole_models
 
 if TYPE_CHECKING:
     from lora_pipeline.params import TrainParams
@@ -79,14 +80,16 @@ class Tuned:
     """What was learnt.
 
     Args:
-        factors: By target name; empty with method `ti`.
-        embeddings: The placeholder's rows (vectors, dim) by token; empty with method `lora`.
+        factors: By target name; empty with methods `ti` and `full`.
+        embeddings: The placeholder's rows (vectors, dim) by token; empty where the token does not learn.
         losses: Of every step.
+        weights: The base's own as they are now, by canonical name (see `adapters.weights`); of method `full` alone.
     """
 
     factors: Mapping[str, LoraFactors]
     embeddings: Mapping[str, Tensor]
     losses: Sequence[StepLoss]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def tune(
@@ -112,25 +115,37 @@ def tune(
     with (
         located(task.name),
         together() as crew,
-        private(components) as mine,
+        private(_copied(components, task.params)) as mine,
         placed(mine, engine.precision),
         checkpointed(mine.unet, engine.gradient_checkpointing),
     ):
         phases = phases_of(task.params)
         check_task(task, phases, mine.tokenizer)
-        learning = [phase.name for phase in phases]
-        embedding = _add_token(mine, task) if INVERSION in learning else None
-        if TUNING in learning:
+        learning = frozenset().union(*(phase.learns for phase in phases))
+        embedding = _add_token(mine, task) if TOKEN in learning else None
+        if FACTORS in learning:
             _add_branches(mine, task)
         tokenize(mine, [example.caption for example in (*task.examples, *task.priors)])  # refuses those too long
         pools = _pools(mine, task)
-        stretches = [_stretch(mine, task, phase, pools, embedding) for phase in phases]
+        stretches = [_stretch(mine, components, task, phase, pools, embedding) for phase in phases]
         _check_room(mine, task, stretches, pools[0][0].mean.shape, work if crew.first else None, say)
         with compiled(mine.unet, engine.compile):
             losses = train(stretches, work, task.params, report, crew, say)
         factors = inject.collect(mine.unet, UNET, BRANCH) | inject.collect(mine.text_encoder, TEXT_ENCODER, BRANCH)
         rows = {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
-        return Tuned({target: moved(each, torch.device("cpu")) for target, each in factors.items()}, rows, losses)
+        weights = learnt_weights(mine, _text_learns(task.params)) if WEIGHTS in learning else {}
+        factors = {target: moved(each, torch.device("cpu")) for target, each in factors.items()}
+        return Tuned(factors, rows, losses, weights)
+
+
+def _text_learns(params: TrainParams) -> bool:
+    return bool(params.adapter.text_encoder_targets)
+
+
+def _copied(components: Components, params: TrainParams) -> Components:
+    if params.method != "full":
+        return components
+    return own_copies(components, params.engine.precision, _text_learns(params))
 
 
 def _pools(mine: Components, task: Task) -> tuple[list[EncodedExample], list[EncodedExample]]:
@@ -158,7 +173,11 @@ def private(components: Components) -> Iterator[Components]:
 def _add_token(mine: Components, task: Task) -> tokens.PlaceholderEmbedding:
     assert task.token is not None
     rows = tokens.initial_rows(
-        mine.tokenizer, mine.text_encoder, task.params.token.initializer, task.params.token.vectors
+        mine.tokenizer,
+        mine.text_encoder,
+        task.params.token.initializer,
+        task.params.token.vectors,
+        generator_for(task.seed, INVERSION, 0, "token rows"),
     )
     return tokens.add_placeholder(mine.tokenizer, mine.text_encoder, task.token, rows)
 
@@ -180,41 +199,60 @@ def _add_branches(mine: Components, task: Task) -> None:
 
 def _stretch(
     mine: Components,
+    base: Components,
     task: Task,
     phase: Phase,
     pools: tuple[Sequence[EncodedExample], Sequence[EncodedExample]],
     embedding: tokens.PlaceholderEmbedding | None,
 ) -> Stretch:
-    inverting = phase.name == INVERSION
     objective = objective_of(task.params, phase, mine.scheduler)
-    parameters: dict[str, nn.Parameter] = {}
-    rates: dict[str, float] = {}
-    if not inverting:
-        everything = inject.trainable(mine.unet) | inject.trainable(mine.text_encoder)
-        rates = rates_of(everything, task.params.tuning)
-        parameters = {name: parameter for name, parameter in everything.items() if rates[name] > 0}
-        for name in everything.keys() - parameters.keys():
-            everything[name].requires_grad_(False)
-    elif embedding is not None:
-        parameters = {_ROWS: embedding.rows}
-        largest = float(embedding.weight.norm(dim=1).max())
+    everything = _learners(mine, task, phase, embedding)
+    rates = dict.fromkeys(everything, 1.0) if phase.name == INVERSION else rates_of(everything, task.params.tuning)
+    parameters = {name: parameter for name, parameter in everything.items() if rates[name] > 0}
+    for name in everything.keys() - parameters.keys():
+        everything[name].requires_grad_(False)
+    largest = 0.0 if embedding is None else float(embedding.weight.norm(dim=1).max())
 
     def enter() -> LossAt:
         for model in (mine.unet, mine.text_encoder):
-            inject.set_weights(model, {BRANCH: 0.0 if inverting else 1.0})
+            inject.set_weights(model, {BRANCH: float(FACTORS in phase.learns)})
         captions = ["", *(example.caption for pool in pools for example in pool)]
         condition = live(mine) if phase.text_learns else cached(mine, captions)
         sampler = Sampler(phase, pools, task.params.batch_size, objective, task.seed)
         anchored = phase.prior_weight > 0 and task.params.prior.target == "prediction"
-        anchor = base_prediction(mine, live(mine) if phase.text_learns else condition) if anchored else None
+        other = mine if base.unet is mine.unet else replace(base, tokenizer=mine.tokenizer)
+        anchor = base_prediction(other, live(other) if phase.text_learns else condition) if anchored else None
         return loss_of(mine, sampler, objective, condition, anchor)
 
     def after_step() -> None:
-        if inverting and embedding is not None:
+        if TOKEN in phase.learns and embedding is not None:
             guard_norms(embedding.rows, largest)
 
     factor = rate_factor(task.params.optimiser, phase.steps)
-    return Stretch(phase, parameters, enter, after_step, factor, rates, frozenset({_ROWS}))
+    turn = _turns(task.params.tuning.token_share, parameters) if task.params.method == "joint" else None
+    return Stretch(phase, parameters, enter, after_step, factor, rates, frozenset({_ROWS}), turn)
+
+
+def _learners(
+    mine: Components, task: Task, phase: Phase, embedding: tokens.PlaceholderEmbedding | None
+) -> dict[str, nn.Parameter]:
+    """What learns in a phase, by name: `<target>.<branch>.<side>`, and the token's rows."""
+    found: dict[str, nn.Parameter] = {}
+    if FACTORS in phase.learns:
+        found = inject.trainable(mine.unet) | inject.trainable(mine.text_encoder)
+    if WEIGHTS in phase.learns:
+        found |= whole_models(mine, _text_learns(task.params))
+    if TOKEN in phase.learns and embedding is not None:
+        found[_ROWS] = embedding.rows
+    return found
+
+
+def _turns(share: float | None, parameters: Mapping[str, nn.Parameter]) -> Callable[[int], Collection[str]] | None:
+    """Which parameters learn in a step of method `joint`; None where all do in every step."""
+    if share is None:
+        return None
+    factors = parameters.keys() - {_ROWS}
+    return lambda step: {_ROWS} if TOKEN in turns(share, step) else factors
 
 
 def _check_room(
