@@ -22,7 +22,7 @@ from lora_pipeline.training.checks import check_task, located
 from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.loop import LossAt, Report, StepLoss, Stretch, train
 from lora_pipeline.training.noising import noised, target_of
-from lora_pipeline.training.objective import Objective, errors, objective_of
+from lora_pipeline.training.objective import Objective, distances, objective_of
 from lora_pipeline.training.optimisation import guard_norms
 from lora_pipeline.training.phases import INVERSION, TUNING, Phase, phases_of
 
@@ -250,6 +250,6 @@ def loss_of(
             said = anchor(noisy[own:], batch.timesteps[own:], batch.captions[own:])
             target = torch.cat([target[:own], said.to(target)])
         prediction = predict(noisy, batch.timesteps, condition(batch.captions))
-        return (batch.weights * errors(prediction, target, objective.huber_delta, batch.pixel_weights)).sum()
+        return (batch.weights * distances(prediction, target, objective.huber_delta, batch.pixel_weights)).sum()
 
     return loss_at
