@@ -26,7 +26,7 @@ class Objective:
         levels: Which noise levels are drawn.
         noise: Which noise is drawn.
         level_weights: (T,), or None: each level's factor of the loss.
-        huber_delta: See `errors`; None for squares.
+        huber_delta: See `distances`; None for squares.
     """
 
     schedule: NoiseSchedule
@@ -54,7 +54,7 @@ def objective_of(params: TrainParams, phase: Phase, scheduler: Any) -> Objective
     )
 
 
-def errors(prediction: Tensor, target: Tensor, huber_delta: float | None, pixel_weights: Tensor | None) -> Tensor:
+def distances(prediction: Tensor, target: Tensor, huber_delta: float | None, pixel_weights: Tensor | None) -> Tensor:
     """How far each prediction is from its target.
 
     The mean of squares e², or of the pseudo-Huber 2 δ² (sqrt(1 + (e / δ)²) - 1), which is e² where e is far below δ and

@@ -35,7 +35,7 @@ from lora_pipeline.training.memory import (
     weight_bytes,
 )
 from lora_pipeline.training.noising import noised, target_of
-from lora_pipeline.training.objective import Objective, errors, objective_of
+from lora_pipeline.training.objective import Objective, distances, objective_of
 from lora_pipeline.training.optimisation import guard_norms
 from lora_pipeline.training.phases import FACTORS, INVERSION, TOKEN, TUNING, WEIGHTS, Phase, phases_of, turns
 from lora_pipeline.training.placement import moved, placed
@@ -362,6 +362,6 @@ def loss_of(
             said = anchor(noisy[own:], batch.timesteps[own:], batch.captions[own:])
             target = torch.cat([target[:own], said.to(target)])
         prediction = predict(noisy, batch.timesteps, condition(batch.captions))
-        return (batch.weights * errors(prediction, target, objective.huber_delta, batch.pixel_weights)).sum()
+        return (batch.weights * distances(prediction, target, objective.huber_delta, batch.pixel_weights)).sum()
 
     return loss_at

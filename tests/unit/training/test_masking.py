@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_pipeline.training.masking import pixel_weights
-from lora_pipeline.training.objective import errors
+from lora_pipeline.training.objective import distances
 
 
 def masks() -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_gradients_are_those_of_the_dense_sum(delta: float | None) -> None:
     target, start = (torch.randn(2, 4, 4, 3, generator=source).double() for _ in range(2))
     weights = pixel_weights(masks().double(), (4, 3), 0.2)
     prediction, dense = start.clone().requires_grad_(), start.clone().requires_grad_()
-    errors(prediction, target, delta, weights).sum().backward()
+    distances(prediction, target, delta, weights).sum().backward()
     total = torch.zeros((), dtype=torch.float64)
     for n in range(2):
         for c in range(4):

@@ -13,7 +13,7 @@ from train_values import train_params
 from lora_pipeline.errors import CorruptError, ParamsError
 from lora_pipeline.training.draws import batch_indices, generator_for
 from lora_pipeline.training.noising import NoiseSchedule, noised, schedule_of, target_of
-from lora_pipeline.training.objective import errors
+from lora_pipeline.training.objective import distances
 from lora_pipeline.training.phases import phases_of
 from lora_pipeline.training.weighting import prior_weights
 
@@ -54,7 +54,7 @@ def test_latents_are_turned_towards_the_noise_and_the_target_is_how(prediction: 
 
 def test_weights_make_the_sum_of_two_means() -> None:
     _, noise, _ = draws()
-    losses = errors(torch.zeros_like(noise), noise, None, None)
+    losses = distances(torch.zeros_like(noise), noise, None, None)
     alone = noise.square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(losses, alone)
     together = (prior_weights(4, 2, 0.3) * losses).sum()
@@ -65,7 +65,7 @@ def test_weights_make_the_sum_of_two_means() -> None:
 @pytest.mark.parametrize("delta", [0.01, 0.1, 3.0])
 def test_huber_is_square_below_delta_and_linear_above(delta: float) -> None:
     def huber(error: float) -> Tensor:
-        return errors(torch.full((1, 1, 1, 1), error).double(), torch.zeros(1, 1, 1, 1).double(), delta, None)[0]
+        return distances(torch.full((1, 1, 1, 1), error).double(), torch.zeros(1, 1, 1, 1).double(), delta, None)[0]
 
     for error in (1e-2, 0.5, 2.0, 1e4):
         pseudo = 2 * delta**2 * (math.hypot(1.0, error / delta) - 1.0)
@@ -76,7 +76,7 @@ def test_huber_is_square_below_delta_and_linear_above(delta: float) -> None:
 
 def test_errors_are_in_the_precision_of_the_target() -> None:
     _, noise, _ = draws()
-    found = errors(noise.bfloat16(), noise, None, None)
+    found = distances(noise.bfloat16(), noise, None, None)
     torch.testing.assert_close(found, (noise.bfloat16().float() - noise).square().mean(dim=(1, 2, 3)))
 
 
