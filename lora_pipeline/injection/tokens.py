@@ -18,6 +18,7 @@ from lora_pipeline.errors import CorruptError, ParamsError
 RANDOM, ZERO = "<random>", "<zero>"
 WORDLESS = (RANDOM, ZERO)  # where a placeholder may start, beside words
 
+
 class PlaceholderEmbedding(nn.Module):
     """An embedding with extra rows for the ids from `first_id` on.
 
@@ -129,7 +130,7 @@ def initial_rows(
     Raises:
         ParamsError: The words hold no token.
     """
-    weight = text_encoder.get_input_embeddings().weight.detach().float()
+    weight: Tensor = text_encoder.get_input_embeddings().weight.detach().float()
     if words == ZERO:
         return torch.zeros(vectors, weight.shape[1])
     if words == RANDOM:

@@ -45,7 +45,10 @@ def check_task(task: Task, phases: tuple[Phase, ...], tokenizer: Any) -> None:
     if params.objective.mask_background is not None and not any(example.mask for example in task.examples):
         fix = "put NAME.mask.png beside NAME.png and run lora-pipe preprocess, or set it to null"
         raise ParamsError("objective.mask_background", "is set, and no picture has a mask", fix)
-    if any(FACTORS in phase.learns for phase in phases) and not [*params.adapter.unet_targets, *params.adapter.text_encoder_targets]:
+    if any(FACTORS in phase.learns for phase in phases) and not [
+        *params.adapter.unet_targets,
+        *params.adapter.text_encoder_targets,
+    ]:
         raise ParamsError("adapter.unet_targets", "names no layer", 'name some, such as "*attn*.to_q"')
     if any(TOKEN in phase.learns for phase in phases):
         if task.token is None:

@@ -115,8 +115,8 @@ def tune(
     with (
         located(task.name),
         together() as crew,
+        placed(components, engine.precision),
         private(_copied(components, task.params)) as mine,
-        placed(mine, engine.precision),
         checkpointed(mine.unet, engine.gradient_checkpointing),
     ):
         phases = phases_of(task.params)

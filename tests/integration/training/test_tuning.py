@@ -73,6 +73,80 @@ def test_each_method_moves_what_it_says_and_leaves_the_base(
         assert rows.norm() <= largest * 1.0001
 
 
+JOINT = {"method": "joint", "tuning.token_learning_rate": 0.01}
+
+
+@pytest.mark.parametrize("changes", [JOINT, JOINT | {"tuning.token_share": 0.5}, JOINT | {"method": "pti"}])
+def test_the_token_goes_on_learning_beside_the_factors(tmp_path: Path, changes: dict[str, Any]) -> None:
+    parts = tiny.components(tmp_path / "tokenizer")
+    before = weights(parts)
+    start = initial_rows(parts.tokenizer, parts.text_encoder, "creature", 1)
+    task = tiny.task(tmp_path, changes)
+    tuned = run(tmp_path, task, parts)
+    assert same(weights(parts), before)
+    assert not torch.equal(tuned.embeddings["<zorp>"], start)
+    assert all(bool(factors.up.any()) for factors in tuned.factors.values())
+    if changes["method"] == "pti":
+        frozen = run(tmp_path, dataclasses.replace(task, params=train_params({})), parts)
+        assert not torch.equal(tuned.embeddings["<zorp>"], frozen.embeddings["<zorp>"])
+
+
+def test_taking_turns_moves_the_token_in_its_own_steps_alone(tmp_path: Path) -> None:
+    """With a share of a half the first step is the factors' and the second the token's."""
+
+    def of(steps: int, share: float) -> Tuned:
+        changes = JOINT | {"tuning.token_share": share, "tuning.steps": steps, "optimiser.warm_up": 0.0}
+        return run(tmp_path, dataclasses.replace(task, params=train_params(changes)))
+
+    task = tiny.task(tmp_path)
+    parts = tiny.components(tmp_path / "tokenizer")
+    start = initial_rows(parts.tokenizer, parts.text_encoder, "creature", 1)
+    one, two, all_token = of(1, 0.5), of(2, 0.5), of(2, 1.0)
+    assert torch.equal(one.embeddings["<zorp>"], start)
+    assert not torch.equal(two.embeddings["<zorp>"], start)
+    assert all(torch.equal(factors.up, two.factors[name].up) for name, factors in one.factors.items())
+    assert any(bool(factors.up.any()) for factors in one.factors.values())
+    assert not any(bool(factors.up.any()) for factors in all_token.factors.values())
+
+
+@pytest.mark.parametrize("text", [[], ["*q_proj"]])
+@pytest.mark.parametrize("target", ["pictures", "prediction"])
+def test_full_tuning_moves_copies_of_the_weights(tmp_path: Path, text: list[str], target: str) -> None:
+    parts = tiny.components(tmp_path / "tokenizer")
+    before = weights(parts)
+    changes = {"method": "full", "adapter.text_encoder_targets": text, "prior.target": target}
+    tuned = run(tmp_path, tiny.task(tmp_path, changes), parts)
+    assert same(weights(parts), before)
+    assert not tuned.factors
+    assert not tuned.embeddings
+    unet = {name.removeprefix("unet."): value for name, value in tuned.weights.items() if name.startswith("unet.")}
+    assert unet.keys() == parts.unet.state_dict().keys()
+    moved = [name for name, value in unet.items() if not torch.equal(value, before[f"unet.{name}"])]
+    assert "conv_in.weight" in moved
+    assert "conv_norm_out.bias" in moved
+    assert bool(text) == any(name.startswith("text_encoder.") for name in tuned.weights)
+    assert not any("token_embedding" in name for name in tuned.weights)
+
+
+def test_full_tuning_finds_the_priors_targets_in_the_untouched_base(tmp_path: Path) -> None:
+    """Where the base is asked for what it says itself, and nothing else is learnt, nothing changes."""
+    changes = {"method": "full", "prior.target": "prediction", "prior.weight": 1.0, "tuning.steps": 1}
+    task = tiny.task(tmp_path, changes)
+    loss = run(tmp_path, task).losses[0].loss
+    alone = (
+        run(tmp_path, dataclasses.replace(task, params=train_params(changes | {"prior.weight": 0.0}))).losses[0].loss
+    )
+    assert loss == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("start", ["<random>", "<zero>"])
+def test_a_token_may_start_without_words(tmp_path: Path, start: str) -> None:
+    task = tiny.task(tmp_path, {"method": "ti", "token.initializer": start, "token.vectors": 2})
+    first, again = run(tmp_path, task), run(tmp_path, task)
+    assert bool(first.embeddings["<zorp>"].any())
+    assert torch.equal(first.embeddings["<zorp>"], again.embeddings["<zorp>"])
+
+
 def test_pivotal_tuning_keeps_the_inverted_rows(tmp_path: Path) -> None:
     task = tiny.task(tmp_path)
     inverted = run(tmp_path, dataclasses.replace(task, params=train_params({"method": "ti"})))
@@ -122,6 +196,10 @@ def test_priors_pull_the_class_back(tmp_path: Path) -> None:
         ({"adapter.unet_targets": []}, "concepts.zorp.train.adapter.unet_targets"),
         ({"token.initializer": "wombat"}, "concepts.zorp.train.token.initializer"),
         ({"token.initializer": " "}, "concepts.zorp.train.token.initializer"),
+        ({"method": "joint"}, "concepts.zorp.train.tuning.token_learning_rate"),
+        ({"method": "lora", "tuning.token_learning_rate": 0.1}, "concepts.zorp.train.tuning.token_learning_rate"),
+        ({"tuning.token_share": 0.5}, "concepts.zorp.train.tuning.token_share"),
+        ({"method": "full", "engine.precision": "bfloat16"}, "concepts.zorp.train.engine.precision"),
         ({"tuning.steps": 0}, "concepts.zorp.train.tuning.steps"),
         ({"tuning.timesteps": [0.5001, 0.5004]}, "concepts.zorp.train.tuning.timesteps"),
         ({"inversion.timesteps": [0.5001, 0.5004]}, "concepts.zorp.train.inversion.timesteps"),
