@@ -1,4 +1,4 @@
-"""Kills real runs after some of their steps and starts them again: `python tune_run.py FOLDER`; forks, so runs alone."""
+"""Kills real runs after some of their steps and starts them again: `python tune_run.py FOLDER`; forks: runs alone."""
 
 from __future__ import annotations
 
