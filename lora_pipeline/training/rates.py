@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from lora_pipeline.adapters.targets import MODELS, UNET, root
 from lora_pipeline.errors import ParamsError
+from lora_pipeline.pretrained.schedules import rate_factors
 
 if TYPE_CHECKING:
-    from lora_pipeline.params.training import TuningParams
+    from lora_pipeline.params.training import OptimiserParams, TuningParams
 
 
 def rates_of(names: Iterable[str], params: TuningParams) -> dict[str, float]:
@@ -56,3 +58,18 @@ def _path(name: str) -> str | None:
     """The layer's path below its model, or None for what is no layer's."""
     start = next((root(prefix) for prefix in MODELS if name.startswith(root(prefix))), None)
     return None if start is None else name.removeprefix(start).rsplit(".", 2)[0]
+
+
+def rate_factor(params: OptimiserParams, steps: int) -> Callable[[int, int], float]:
+    """The factor of the learning rate at a step of a phase of so many steps.
+
+    Raises:
+        ParamsError: See `rate_factors`; tried for `steps`.
+    """
+
+    @functools.cache
+    def factors(steps: int) -> Callable[[int], float]:
+        return rate_factors(params.schedule, params.warm_up, params.schedule_options, steps)
+
+    factors(steps)
+    return lambda step, steps: factors(steps)(step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,33 +18,22 @@ from lora_pipeline.data.dataset import Example
 from lora_pipeline.injection import inject, tokens
 from lora_pipeline.pretrained.encoding import encode_prompts, tokenize
 from lora_pipeline.pretrained.engine import checkpointed, compiled
-from lora_pipeline.pretrained.schedules import rate_factors
-from lora_pipeline.pretrained.threads import is_small
 from lora_pipeline.training.batches import EncodedExample, Sampler, anchors_of, encode_examples
-from lora_pipeline.training.checkpoints import check_space
 from lora_pipeline.training.checks import check_task, located
 from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.loop import LossAt, Report, StepLoss, Stretch, train
-from lora_pipeline.training.memory import (
-    Needs,
-    activation_bytes,
-    available_bytes,
-    check_memory,
-    learning_bytes,
-    weight_bytes,
-)
 from lora_pipeline.training.noising import noised, target_of
 from lora_pipeline.training.objective import Objective, distances, objective_of
 from lora_pipeline.training.optimisation import guard_norms
 from lora_pipeline.training.phases import FACTORS, INVERSION, TOKEN, TUNING, WEIGHTS, Phase, phases_of, turns
 from lora_pipeline.training.placement import moved, placed
 from lora_pipeline.training.processes import together
-from lora_pipeline.training.rates import rates_of
+from lora_pipeline.training.rates import rate_factor, rates_of
+from lora_pipeline.training.room import check_room
 from lora_pipeline.training.whole import learnt_weights, own_copies, whole_models
 
 if TYPE_CHECKING:
     from lora_pipeline.params import TrainParams
-    from lora_pipeline.params.training import OptimiserParams
     from lora_pipeline.pretrained.components import Components
 
 BRANCH = "tuned"
@@ -128,7 +116,7 @@ def tune(
         tokenize(mine, [example.caption for example in (*task.examples, *task.priors)])  # refuses those too long
         pools = _pools(mine, task)
         stretches = [_stretch(mine, components, task, phase, pools, embedding) for phase in phases]
-        _check_room(mine, task, stretches, pools[0][0].mean.shape, work if crew.first else None, say)
+        check_room(mine, task.params, stretches, pools[0][0].mean.shape, work if crew.first else None, say)
         with compiled(mine.unet, engine.compile):
             losses = train(stretches, work, task.params, report, crew, say)
         factors = inject.collect(mine.unet, UNET, BRANCH) | inject.collect(mine.text_encoder, TEXT_ENCODER, BRANCH)
@@ -253,43 +241,6 @@ def _turns(share: float | None, parameters: Mapping[str, nn.Parameter]) -> Calla
         return None
     factors = parameters.keys() - {_ROWS}
     return lambda step: {_ROWS} if TOKEN in turns(share, step) else factors
-
-
-def _check_room(
-    mine: Components, task: Task, stretches: Sequence[Stretch], latents: tuple[int, ...], work: Path | None,
-    say: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Refuses a run for which disk or memory will not do; a small base's activations are not worth looking at.
-
-    Raises:
-        ResourceError, MissingError: See `check_space` and `check_memory`.
-    """
-    learning = {name: each for stretch in stretches for name, each in stretch.parameters.items()}
-    needed = learning_bytes(task.params, sum(each.numel() for each in learning.values()))
-    if work is not None:
-        check_space(work, needed)
-    if is_small(mine.unet):
-        return
-    batch = task.params.batch_size * (2 if any(stretch.phase.prior_weight > 0 for stretch in stretches) else 1)
-    conditioning = mine.tokenizer.model_max_length, mine.unet.config.cross_attention_dim
-    kept = activation_bytes(mine.unet, latents, conditioning, batch)
-    needs = Needs(weight_bytes([mine.unet, mine.text_encoder, mine.vae]), kept, needed)
-    check_memory(needs, available_bytes(mine.unet.device), task.params, say)
-
-
-def rate_factor(params: OptimiserParams, steps: int) -> Callable[[int, int], float]:
-    """The factor of the learning rate at a step of a phase of so many steps.
-
-    Raises:
-        ParamsError: See `rate_factors`; tried for `steps`.
-    """
-
-    @functools.cache
-    def factors(steps: int) -> Callable[[int], float]:
-        return rate_factors(params.schedule, params.warm_up, params.schedule_options, steps)
-
-    factors(steps)
-    return lambda step, steps: factors(steps)(step)
 
 
 def live(mine: Components) -> Condition:

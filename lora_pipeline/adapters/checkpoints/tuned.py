@@ -51,4 +51,6 @@ def write_tuned(base: Path, weights: Mapping[str, Tensor], out: Path) -> None:
 
 
 def _layout(place: Place, weight: Tensor | None) -> tuple[str, tuple[int, ...]]:
-    return (place.entry.dtype, place.entry.shape) if weight is None else (DTYPE_NAMES[weight.dtype], tuple(weight.shape))
+    return (
+        (place.entry.dtype, place.entry.shape) if weight is None else (DTYPE_NAMES[weight.dtype], tuple(weight.shape))
+    )

@@ -24,7 +24,7 @@ from lora_pipeline.pretrained import engine
 from lora_pipeline.pretrained.blank import seeded
 from lora_pipeline.pretrained.engine import checkpointed
 from lora_pipeline.pretrained.schedules import rate_factors
-from lora_pipeline.training import memory, tuning
+from lora_pipeline.training import memory, room
 from lora_pipeline.training.averaging import Average
 from lora_pipeline.training.memory import Needs, activation_bytes, check_memory
 from lora_pipeline.training.tuning import Tuned, tune
@@ -225,8 +225,8 @@ def test_a_run_that_cannot_fit_is_refused_with_the_two_values_that_help_most() -
 
 
 def test_a_large_base_is_looked_at_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "is_small", lambda _: False)
-    monkeypatch.setattr(tuning, "available_bytes", lambda _: 1000)
+    monkeypatch.setattr(room, "is_small", lambda _: False)
+    monkeypatch.setattr(room, "available_bytes", lambda _: 1000)
     with pytest.raises(ResourceError, match="are available"):
         run(tmp_path / "a")
     assert not list((tmp_path / "a" / "work").iterdir())
