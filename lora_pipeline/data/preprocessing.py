@@ -43,7 +43,9 @@ def preprocess(raw: Path, out: Path, concept: ConceptParams, seed: int, advance:
         square = cut_square(open_picture(picture), settings.resolution, crop_seed)
         square.save(out / f"{index:03}.png", format="PNG")
         advance(index + 1)
-    write_metadata(out, {f"{index:03}.png": caption for index, caption in enumerate(captions)})
+    names = [f"{index:03}.png" for index in range(len(pictures))]
+    sources = [picture.name for picture in pictures]
+    write_metadata(out, dict(zip(names, captions, strict=True)), dict(zip(names, sources, strict=True)))
     return len(pictures)
 
 

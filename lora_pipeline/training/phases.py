@@ -25,6 +25,7 @@ class Phase:
         text_learns: Whether the text encoder's outputs change within the phase; else they are computed once.
         prior_weight: 0 in inversion: class captions do not hold the placeholder, so priors could teach it nothing.
         caption_dropout: The share of captions left empty, in [0, 1]; 0 in inversion, for the same reason.
+        kept_tags: How many parts of a caption stay in front while the others are shuffled; None shuffles none.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Phase:
     text_learns: bool
     prior_weight: float
     caption_dropout: float
+    kept_tags: int | None = None
 
 
 def phases_of(params: TrainParams) -> tuple[Phase, ...]:
@@ -43,8 +45,10 @@ def phases_of(params: TrainParams) -> tuple[Phase, ...]:
     """
     if params.method not in METHODS:
         raise ParamsError("method", f"{params.method!r} is no method", f"use one of {', '.join(METHODS)}")
+    kept_tags = params.captions.keep_tags if params.captions.shuffle else None
+    inversion = params.inversion
     known = {
-        INVERSION: Phase(INVERSION, params.inversion.steps, params.inversion.learning_rate, True, 0.0, 0.0),
+        INVERSION: Phase(INVERSION, inversion.steps, inversion.learning_rate, True, 0.0, 0.0, kept_tags),
         TUNING: Phase(
             TUNING,
             params.tuning.steps,
@@ -52,6 +56,7 @@ def phases_of(params: TrainParams) -> tuple[Phase, ...]:
             bool(params.adapter.text_encoder_targets),
             params.prior.weight,
             params.captions.dropout,
+            kept_tags,
         ),
     }
     for name in METHODS[params.method]:
