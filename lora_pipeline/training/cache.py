@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -80,7 +81,10 @@ def key_of(*parts: str | Tensor) -> str:
 
 def fingerprint(model: nn.Module) -> str:
     """A sha-256 over a model's settings and weights, and what else its results' bytes depend on."""
-    settings = json.dumps(dict(getattr(model, "config", {}).items()), sort_keys=True, default=str)
+    config: Any = getattr(model, "config", {})
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    told = {name: value for name, value in values.items() if not name.startswith("_")}  # a path, a version
+    settings = json.dumps([type(model).__name__, told], sort_keys=True, default=str)
     device = next(model.parameters()).device.type
     place = f"{torch.__version__} {device} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
     return key_of(settings, place, _digest(model.state_dict()))

@@ -53,7 +53,7 @@ class Encoder:
         self.say = say
 
     def examples(self, examples: Sequence[Example], flip: bool = False) -> list[EncodedExample]:
-        """Encodes pictures of any sizes. What is mirrored is the picture: latents in a mirror are not those of its mirror.
+        """Encodes pictures of any sizes; mirrored latents are not those of the mirrored picture, which is encoded too.
 
         Args:
             examples: Pictures with captions.
