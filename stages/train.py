@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_pipeline.params import load_params
-from stages._stage import PARAMS, entry, stage
+from stages._stage import PARAMS, entry, project_root, stage
 
 if TYPE_CHECKING:
     from lora_pipeline.adapters.adapter import Adapter, Json
     from lora_pipeline.params import ConceptParams
     from lora_pipeline.pretrained.components import Components
 
+ENCODINGS = Path(".work/encodings")
 SAMPLE_SEEDS = (0, 1, 2, 3)
 
 
@@ -79,7 +80,8 @@ def train(
                 for name, value in values.items():
                     run.tracker.metric(name, value, step)
 
-            tuned = tune(components, task, run.work, report, lambda line: typer.echo(line, err=True))
+            cache = project_root() / ENCODINGS
+            tuned = tune(components, task, run.work, report, lambda line: typer.echo(line, err=True), cache)
         provenance: dict[str, Json] = {
             "base": base_fingerprint(base),
             "code": version("lora-pipeline"),
@@ -91,8 +93,8 @@ def train(
         }
         adapter = Adapter(tuned.factors, tuned.embeddings, provenance)
         save_adapter(adapter, run.building / "tuned.safetensors")
-        write_losses(tuned.losses, run.building / "loss.csv")
-        draw_losses(tuned.losses, run.building / "loss.png")
+        write_losses(tuned.losses, run.building / "loss.csv", tuned.validation)
+        draw_losses(tuned.losses, run.building / "loss.png", tuned.validation)
         draw_samples(components, adapter, section, run.building / "samples.png")
 
 

@@ -7,7 +7,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from lora_pipeline.errors import CorruptError, MissingError
 
@@ -74,6 +74,24 @@ def _opened(path: Path, background: str) -> Image.Image:
     except _DAMAGE as error:
         problem = f"cannot be read as a picture: {error!s:.100}"
         raise CorruptError(str(path), problem, "replace it with a whole copy, or take it out") from None
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as `open_picture` gives it, by its header alone.
+
+    Raises:
+        CorruptError: Not a picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as picture:
+                on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+                width, height = picture.size
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
+        problem = f"cannot be read as a picture: {error!s:.100}"
+        raise CorruptError(str(path), problem, "replace it with a whole copy, or take it out") from None
+    return (height, width) if on_its_side else (width, height)
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:

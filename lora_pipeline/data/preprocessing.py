@@ -53,7 +53,9 @@ def preprocess(raw: Path, out: Path, concept: ConceptParams, seed: int, advance:
             masks[name] = f"{index:03}{MASK}"
             mask.save(out / masks[name], format="PNG")
         advance(index + 1)
-    write_metadata(out, {f"{index:03}.png": caption for index, caption in enumerate(captions)}, masks)
+    names = [f"{index:03}.png" for index in range(len(pictures))]
+    sources = dict(zip(names, (picture.name for picture in pictures), strict=True))
+    write_metadata(out, dict(zip(names, captions, strict=True)), masks, sources)
     return len(pictures)
 
 

@@ -131,7 +131,7 @@ class ValidationParams(Section):
     """Pictures that are not learnt from, to see how well it goes."""
 
     every: Count
-    pictures: Count
+    pictures: AtLeastOne
 
 
 class SampleParams(Section):

@@ -1,48 +1,25 @@
-"""What a step is shown: examples with their latents' distributions, and the draws of one step."""
+"""What a step is shown: pictures of one shape, seen one way, with their captions and the draws of the step."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_pipeline.data.dataset import Example, load_pixels
-from lora_pipeline.data.masks import load_masks
-from lora_pipeline.pretrained.encoding import encode_images
-from lora_pipeline.training.draws import batch_indices, generator_for
-from lora_pipeline.training.masking import pixel_weights
+from lora_pipeline.data.captions import shuffled
+from lora_pipeline.training.draws import generator_for
+from lora_pipeline.training.encodings import EncodedExample
 from lora_pipeline.training.objective import Objective
+from lora_pipeline.training.order import Order
 from lora_pipeline.training.phases import Phase
 from lora_pipeline.training.weighting import prior_weights
-
-_PICTURES_AT_ONCE = 8
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedExample:
-    """An example as the UNet knows it.
-
-    Args:
-        caption: What the picture shows.
-        mean: (channels, height, width), of the latents' distribution.
-        deviation: Shaped as the mean; every visit draws afresh, as the encoder's own noise is part of the data.
-        pixel_weights: (1, height, width), or None for 1 everywhere; see `masking.pixel_weights`.
-    """
-
-    caption: str
-    mean: Tensor
-    deviation: Tensor
-    pixel_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Instances first, then priors.
+    """Instances first, then priors; or one of them alone.
 
     Args:
         captions: One an example, empty where it was dropped.
@@ -65,53 +42,11 @@ class Batch:
     instances: int
 
 
-@torch.no_grad()
-def encode_examples(vae: Any, examples: Sequence[Example], background: float | None = None) -> list[EncodedExample]:
-    """Runs the autoencoder once over all pictures.
-
-    Args:
-        vae: The base's.
-        examples: Pictures.
-        background: What lies outside their masks weighs, in [0, 1]; None pays no heed to masks.
-
-    Raises:
-        CorruptError: A picture or mask cannot be read, or is of another size than the rest.
-    """
-    encoded: list[EncodedExample] = []
-    for start in range(0, len(examples), _PICTURES_AT_ONCE):
-        some = examples[start : start + _PICTURES_AT_ONCE]
-        pixels = load_pixels(some)
-        means, deviations = encode_images(vae, pixels)
-        weights: Sequence[Tensor | None] = [None] * len(some)
-        if background is not None:
-            masks = load_masks(some, (pixels.shape[-1], pixels.shape[-2]))
-            weights = list(pixel_weights(masks, (means.shape[-2], means.shape[-1]), background))
-        captions = [example.caption for example in some]
-        encoded += map(EncodedExample, captions, means.clone(), deviations.clone(), weights)
-    return encoded
-
-
-def anchors_of(instances: Sequence[EncodedExample], token: str) -> list[EncodedExample]:
-    """What stands for class pictures where there are none: one's own, whose captions do not name the concept.
-
-    Good only where the target is what the base itself says of them.
-
-    Args:
-        instances: One's own pictures.
-        token: The placeholder, which is taken out of their captions.
-    """
-    pattern = re.compile(rf"(?<!\w){re.escape(token)}(?!\w)", flags=re.IGNORECASE)
-    captions = [" ".join(pattern.sub(" ", each.caption).split()) for each in instances]
-    return [
-        EncodedExample(caption, each.mean, each.deviation) for caption, each in zip(captions, instances, strict=True)
-    ]
-
-
 class Sampler:
-    """Draws the batch of any step of a phase; the same step always gives the same batch.
+    """Draws the batches of any step of a phase; the same step always gives the same.
 
     Args:
-        phase: With prior_weight 0 the batch has no priors.
+        phase: With prior_weight 0 there are no priors.
         pools: Instances and priors.
         batch_size: Of each of them.
         objective: Of the phase; says which noise and noise levels are drawn.
@@ -128,40 +63,77 @@ class Sampler:
     ) -> None:
         self.phase = phase
         self.pools = {"instances": pools[0]} | ({"priors": pools[1]} if phase.prior_weight > 0 else {})
+        self.orders = {
+            purpose: Order(
+                ["x".join(map(str, each.mean.shape)) for each in pool],
+                [each.repeats for each in pool],
+                batch_size,
+                seed,
+                phase.name,
+                purpose,
+            )
+            for purpose, pool in self.pools.items()
+        }
         self.batch_size = batch_size
         self.objective = objective
         self.seed = seed
         counts = [batch_size, batch_size if phase.prior_weight > 0 else 0]
         self.weights = prior_weights(counts[0], counts[1], phase.prior_weight)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, from 0; all tensors on the CPU."""
+    def batches(self, step: int) -> list[Batch]:
+        """The batch of a step, from 0, or two of them where instances and priors differ in shape; on the CPU.
+
+        The losses of both, summed, are the step's.
+        """
         examples = [example for purpose in self.pools for example in self._visited(step, purpose)]
+        captions = self._captions(step, examples)
+        timesteps = torch.cat([self._timesteps(step, purpose) for purpose in self.pools])
+        parts = {"": slice(None)}
+        if len({example.mean.shape for example in examples}) > 1:
+            parts = {"": slice(self.batch_size), "priors ": slice(self.batch_size, None)}
+        levels = self.objective.level_weights
+        weights = self.weights if levels is None else self.weights * levels[timesteps]
+        return [
+            Batch(
+                captions[part],
+                *self._drawn(step, purpose, examples[part]),
+                timesteps[part],
+                weights[part],
+                _pixel_weights(examples[part]),
+                min(self.batch_size, len(examples[part])) if part.start is None else 0,
+            )
+            for purpose, part in parts.items()
+        ]
+
+    def _drawn(self, step: int, purpose: str, examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, the noise that is asked for, and the noise that is shown."""
         mean = torch.stack([example.mean for example in examples])
         deviation = torch.stack([example.deviation for example in examples])
-        noise, shown = self.objective.noise.drawn(mean.shape, partial(self._normal, step))
-        timesteps = torch.cat([self._timesteps(step, purpose) for purpose in self.pools])
-        levels = self.objective.level_weights
-        return Batch(
-            captions=self._captions(step, examples),
-            latents=mean + deviation * self._normal(step, "latents", mean.shape),
-            noise=noise,
-            shown=shown,
-            timesteps=timesteps,
-            weights=self.weights if levels is None else self.weights * levels[timesteps],
-            pixel_weights=_pixel_weights(examples),
-            instances=self.batch_size,
-        )
+
+        def draw(name: str, shape: torch.Size) -> Tensor:
+            return self._normal(step, f"{purpose}{name}", shape)
+
+        noise, shown = self.objective.noise.drawn(mean.shape, draw)
+        latents = mean + deviation * self._normal(step, f"{purpose}latents", mean.shape)
+        return latents, noise, shown
 
     def _visited(self, step: int, purpose: str) -> list[EncodedExample]:
         pool = self.pools[purpose]
-        return [pool[i] for i in batch_indices(len(pool), self.batch_size, step, self.seed, self.phase.name, purpose)]
+        examples = [pool[index] for index in self.orders[purpose].pictures(step)]
+        if all(example.mirrored is None for example in examples):
+            return examples
+        heads = torch.rand(len(examples), generator=self._generator(step, f"{purpose} mirrored")) < 0.5
+        pairs = zip(examples, heads.tolist(), strict=True)
+        return [example.mirrored if head and example.mirrored else example for example, head in pairs]
 
     def _captions(self, step: int, examples: Sequence[EncodedExample]) -> list[str]:
+        captions = [example.caption for example in examples]
+        if self.phase.kept_tags is not None:
+            generator = self._generator(step, "shuffle")
+            captions = [shuffled(caption, self.phase.kept_tags, generator) for caption in captions]
         draws = torch.rand(len(examples), generator=self._generator(step, "dropout")).tolist()
         return [
-            "" if draw < self.phase.caption_dropout else example.caption
-            for draw, example in zip(draws, examples, strict=True)
+            "" if draw < self.phase.caption_dropout else caption for draw, caption in zip(draws, captions, strict=True)
         ]
 
     def _timesteps(self, step: int, purpose: str) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from lora_pipeline.data.captions import check_caption
+from lora_pipeline.data.dataset import Example
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.injection.tokens import WORDLESS
 from lora_pipeline.training.phases import FACTORS, TOKEN, TUNING, Phase
@@ -45,18 +47,29 @@ def check_task(task: Task, phases: tuple[Phase, ...], tokenizer: Any) -> None:
     if params.objective.mask_background is not None and not any(example.mask for example in task.examples):
         fix = "put NAME.mask.png beside NAME.png and run lora-pipe preprocess, or set it to null"
         raise ParamsError("objective.mask_background", "is set, and no picture has a mask", fix)
-    if any(FACTORS in phase.learns for phase in phases) and not [
-        *params.adapter.unet_targets,
-        *params.adapter.text_encoder_targets,
-    ]:
+    check_learners(task, frozenset[str]().union(*(phase.learns for phase in phases)), tokenizer)
+    if params.captions.shuffle and task.token is not None and "," in task.token:
+        problem = f"shuffles the parts between commas, and the placeholder {task.token!r} holds one"
+        raise ParamsError("captions.shuffle", problem, "use a placeholder without a comma, or set it to false")
+    repeats_of(task.examples, params.pictures.repeats)
+    for example in task.examples:
+        check_caption(str(example.image), example.caption, task.token, None)
+
+
+def check_learners(task: Task, learns: frozenset[str], tokenizer: Any) -> None:
+    """Refuses factors without layers, and a token without a name or without words to start from.
+
+    Raises:
+        ParamsError: It is so.
+    """
+    params = task.params
+    if FACTORS in learns and not [*params.adapter.unet_targets, *params.adapter.text_encoder_targets]:
         raise ParamsError("adapter.unet_targets", "names no layer", 'name some, such as "*attn*.to_q"')
-    if any(TOKEN in phase.learns for phase in phases):
+    if TOKEN in learns:
         if task.token is None:
             fix = "give the concept a placeholder_token such as <zorp>, or use method lora"
             raise ParamsError("placeholder_token", f"is null, and method {params.method} learns it", fix)
         check_initializer(tokenizer, params.token.initializer)
-    for example in task.examples:
-        check_caption(str(example.image), example.caption, task.token, None)
 
 
 def check_anchors(task: Task) -> None:
@@ -72,6 +85,24 @@ def check_anchors(task: Task) -> None:
     if task.token is None:
         problem = "is prediction without class pictures, and without a token no caption leaves the concept out"
         raise ParamsError("prior.target", problem, "set priors.count above 0, or prior.weight to 0")
+
+
+def repeats_of(examples: Sequence[Example], repeats: Mapping[str, int]) -> list[int]:
+    """How often each picture comes where one that no glob matches comes once.
+
+    Args:
+        examples: Pictures.
+        repeats: By glob over the names their files had in the concept's folder; the last that matches counts.
+
+    Raises:
+        ParamsError: A glob matches no picture.
+    """
+    for glob in repeats:
+        if not any(fnmatchcase(example.name, glob) for example in examples):
+            names = ", ".join(example.name for example in examples[:3])
+            problem = f"{glob!r} matches no picture; they are {names}{' ...' if len(examples) > 3 else ''}"
+            raise ParamsError("pictures.repeats", problem, "correct it, or take it out")
+    return [([1] + [times for glob, times in repeats.items() if fnmatchcase(each.name, glob)])[-1] for each in examples]
 
 
 def check_initializer(tokenizer: Any, initializer: str) -> None:

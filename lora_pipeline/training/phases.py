@@ -32,6 +32,7 @@ class Phase:
         caption_dropout: The share of captions left empty, in [0, 1]; 0 in inversion, for the same reason.
         window: [from, to]: which shares of the noise levels are learnt from, in [0, 1].
         learns: Of `TOKEN`, the placeholder's rows, `FACTORS`, and `WEIGHTS`, the base's own.
+        kept_tags: How many parts of a caption stay in front while the others are shuffled; None shuffles none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Phase:
     caption_dropout: float
     window: Sequence[float]
     learns: frozenset[str] = frozenset({FACTORS})
+    kept_tags: int | None = None
 
 
 def phases_of(params: TrainParams) -> tuple[Phase, ...]:
@@ -53,6 +55,7 @@ def phases_of(params: TrainParams) -> tuple[Phase, ...]:
     if params.method not in METHODS:
         raise ParamsError("method", f"{params.method!r} is no method", f"use one of {', '.join(METHODS)}")
     tuned = tuned_by(params)
+    kept_tags = params.captions.keep_tags if params.captions.shuffle else None
     known = {
         INVERSION: Phase(
             INVERSION,
@@ -63,6 +66,7 @@ def phases_of(params: TrainParams) -> tuple[Phase, ...]:
             0.0,
             params.inversion.timesteps,
             frozenset({TOKEN}),
+            kept_tags,
         ),
         TUNING: Phase(
             TUNING,
@@ -73,6 +77,7 @@ def phases_of(params: TrainParams) -> tuple[Phase, ...]:
             params.captions.dropout,
             params.tuning.timesteps,
             tuned,
+            kept_tags,
         ),
     }
     for name in METHODS[params.method]:

@@ -1,45 +1,42 @@
-"""Personalising a base: a concept's pictures in, factors and token rows out."""
+"""Personalising a base: a concept's pictures in, factors, token rows or weights out."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
 from lora_pipeline.data.dataset import Example
 from lora_pipeline.injection import inject, tokens
-from lora_pipeline.pretrained.encoding import encode_prompts, tokenize
+from lora_pipeline.pretrained.encoding import tokenize
 from lora_pipeline.pretrained.engine import checkpointed, compiled
-from lora_pipeline.training.batches import EncodedExample, Sampler, anchors_of, encode_examples
-from lora_pipeline.training.checks import check_task, located
+from lora_pipeline.training.cache import TensorCache
+from lora_pipeline.training.checks import check_task, located, repeats_of
 from lora_pipeline.training.draws import generator_for
-from lora_pipeline.training.loop import LossAt, Report, StepLoss, Stretch, train
-from lora_pipeline.training.noising import noised, target_of
-from lora_pipeline.training.objective import Objective, distances, objective_of
-from lora_pipeline.training.optimisation import guard_norms
-from lora_pipeline.training.phases import FACTORS, INVERSION, TOKEN, TUNING, WEIGHTS, Phase, phases_of, turns
+from lora_pipeline.training.encodings import Encoder, anchors_of
+from lora_pipeline.training.loop import Report, StepLoss, train
+from lora_pipeline.training.losses import BRANCH
+from lora_pipeline.training.phases import FACTORS, INVERSION, TOKEN, TUNING, WEIGHTS, phases_of
 from lora_pipeline.training.placement import moved, placed
 from lora_pipeline.training.processes import together
-from lora_pipeline.training.rates import rate_factor, rates_of
 from lora_pipeline.training.room import check_room
-from lora_pipeline.training.whole import learnt_weights, own_copies, whole_models
+from lora_pipeline.training.stretches import Bench, Pools, stretch_of
+from lora_pipeline.training.validation import Validation, set_aside
+from lora_pipeline.training.whole import learnt_weights, own_copies
 
 if TYPE_CHECKING:
     from lora_pipeline.params import TrainParams
     from lora_pipeline.pretrained.components import Components
 
-BRANCH = "tuned"
-_ROWS = "rows"
-Condition = Callable[[Sequence[str]], Tensor]
-Anchor = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -71,26 +68,36 @@ class Tuned:
         factors: By target name; empty with methods `ti` and `full`.
         embeddings: The placeholder's rows (vectors, dim) by token; empty where the token does not learn.
         losses: Of every step.
+        validation: The loss on pictures that were set aside, of the steps it was looked at.
         weights: The base's own as they are now, by canonical name (see `adapters.weights`); of method `full` alone.
     """
 
     factors: Mapping[str, LoraFactors]
     embeddings: Mapping[str, Tensor]
     losses: Sequence[StepLoss]
+    validation: Sequence[StepLoss] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def tune(
-    components: Components, task: Task, work: Path, report: Report, say: Callable[[str], None] = lambda _: None
+    components: Components,
+    task: Task,
+    work: Path,
+    report: Report,
+    say: Say = lambda _: None,
+    cache: Path | None = None,
+    look: Callable[[int, Components], None] | None = None,
 ) -> Tuned:
     """Trains; a call that was killed goes on where its last checkpoint is and ends in the same bytes.
 
     Args:
-        components: The base. It comes back as it was, apart from its UNet's memory layout.
+        components: The base. It comes back as it was.
         task: What is to be learnt.
         work: Where checkpoints are kept, for this base and task alone; they stay there.
-        report: Told the number of steps done and `loss` and `gradient_norm`, after each.
-        say: Told what a user should know before the first step.
+        report: Told the number of steps done and `loss` and `gradient_norm`, after each; `validation_loss` sometimes.
+        say: Told what a user should know.
+        cache: A folder of encodings that runs may share; None encodes everything anew, to the same bytes.
+        look: Shown the base with what is learnt so far, every `samples.every` steps.
 
     Raises:
         ParamsError: A value that cannot be for this base and these pictures; or the loss stopped being finite, or
@@ -99,31 +106,46 @@ def tune(
         MissingError: The optimiser's package is not installed.
         ResourceError: No space left for a checkpoint.
     """
-    engine = task.params.engine
+    params, engine = task.params, task.params.engine
     with (
         located(task.name),
         together() as crew,
         placed(components, engine.precision),
-        private(_copied(components, task.params)) as mine,
+        private(_copied(components, params)) as mine,
         checkpointed(mine.unet, engine.gradient_checkpointing),
     ):
-        phases = phases_of(task.params)
+        phases = phases_of(params)
         check_task(task, phases, mine.tokenizer)
-        learning = frozenset().union(*(phase.learns for phase in phases))
+        learning = frozenset[str]().union(*(phase.learns for phase in phases))
         embedding = _add_token(mine, task) if TOKEN in learning else None
         if FACTORS in learning:
             _add_branches(mine, task)
         tokenize(mine, [example.caption for example in (*task.examples, *task.priors)])  # refuses those too long
-        pools = _pools(mine, task)
-        stretches = [_stretch(mine, components, task, phase, pools, embedding) for phase in phases]
-        check_room(mine, task.params, stretches, pools[0][0].mean.shape, work if crew.first else None, say)
+        encodings = TensorCache(cache)
+        pools = _pools(mine, task, encodings, say)
+        validation = Validation(params.validation.every, phases, work)
+        bench = Bench(mine, components, params, task.seed, pools, embedding, encodings, validation, say)
+        stretches = [stretch_of(bench, phase) for phase in phases]
+        check_room(mine, params, stretches, pools.own[0].mean.shape, work if crew.first else None, say)
+        told = _looking(report, look, mine, params.samples.every) if look and crew.first else report
         with compiled(mine.unet, engine.compile):
-            losses = train(stretches, work, task.params, report, crew, say)
+            losses = train(stretches, work, params, validation.watching(told), crew, say)
+        encodings.shrink()
         factors = inject.collect(mine.unet, UNET, BRANCH) | inject.collect(mine.text_encoder, TEXT_ENCODER, BRANCH)
-        rows = {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
-        weights = learnt_weights(mine, _text_learns(task.params)) if WEIGHTS in learning else {}
         factors = {target: moved(each, torch.device("cpu")) for target, each in factors.items()}
-        return Tuned(factors, rows, losses, weights)
+        rows = {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
+        weights = learnt_weights(mine, _text_learns(params)) if WEIGHTS in learning else {}
+        return Tuned(factors, rows, losses, validation.losses(), weights)
+
+
+def _looking(report: Report, look: Callable[[int, Components], None], mine: Components, every: int) -> Report:
+    def told(step: int, values: dict[str, float]) -> None:
+        report(step, values)
+        if every and step % every == 0:
+            with torch.no_grad():
+                look(step, mine)
+
+    return told
 
 
 def _text_learns(params: TrainParams) -> bool:
@@ -136,13 +158,18 @@ def _copied(components: Components, params: TrainParams) -> Components:
     return own_copies(components, params.engine.precision, _text_learns(params))
 
 
-def _pools(mine: Components, task: Task) -> tuple[list[EncodedExample], list[EncodedExample]]:
-    """Instances and priors; where there are no class pictures the base is asked about the concept's own."""
-    own = encode_examples(mine.vae, task.examples, task.params.objective.mask_background)
-    of_class = encode_examples(mine.vae, task.priors)
-    if not of_class and task.token is not None and task.params.prior.target == "prediction":
-        return own, anchors_of(own, task.token)
-    return own, of_class
+def _pools(mine: Components, task: Task, encodings: TensorCache, say: Say) -> Pools:
+    """Pictures by their use; where there are no class pictures the base is asked about the concept's own."""
+    params, pictures, looks = task.params, task.params.pictures, task.params.validation
+    repeated = list(zip(task.examples, repeats_of(task.examples, pictures.repeats), strict=True))
+    own, aside = set_aside(repeated, looks.pictures if looks.every else 0, task.seed)
+    encoder = Encoder(mine.vae, encodings, say, params.objective.mask_background)
+    learnt = encoder.examples([example for example, _ in own], pictures.flip)
+    learnt = [replace(each, repeats=times) for each, (_, times) in zip(learnt, own, strict=True)]
+    of_class = Encoder(mine.vae, encodings, say).examples(task.priors)
+    if not of_class and task.token is not None and params.prior.target == "prediction":
+        of_class = anchors_of(learnt, task.token)
+    return Pools(learnt, of_class, Encoder(mine.vae, encodings, say).examples([example for example, _ in aside]))
 
 
 @contextmanager
@@ -183,136 +210,3 @@ def _add_branches(mine: Components, task: Task) -> None:
             alpha=params.alpha,
             generator=generator_for(task.seed, TUNING, 0, f"{prefix} factors"),
         )
-
-
-def _stretch(
-    mine: Components,
-    base: Components,
-    task: Task,
-    phase: Phase,
-    pools: tuple[Sequence[EncodedExample], Sequence[EncodedExample]],
-    embedding: tokens.PlaceholderEmbedding | None,
-) -> Stretch:
-    objective = objective_of(task.params, phase, mine.scheduler)
-    everything = _learners(mine, task, phase, embedding)
-    rates = dict.fromkeys(everything, 1.0) if phase.name == INVERSION else rates_of(everything, task.params.tuning)
-    parameters = {name: parameter for name, parameter in everything.items() if rates[name] > 0}
-    for name in everything.keys() - parameters.keys():
-        everything[name].requires_grad_(False)
-    largest = 0.0 if embedding is None else float(embedding.weight.norm(dim=1).max())
-
-    def enter() -> LossAt:
-        for model in (mine.unet, mine.text_encoder):
-            inject.set_weights(model, {BRANCH: float(FACTORS in phase.learns)})
-        captions = ["", *(example.caption for pool in pools for example in pool)]
-        condition = live(mine) if phase.text_learns else cached(mine, captions)
-        sampler = Sampler(phase, pools, task.params.batch_size, objective, task.seed)
-        anchored = phase.prior_weight > 0 and task.params.prior.target == "prediction"
-        other = mine if base.unet is mine.unet else replace(base, tokenizer=mine.tokenizer)
-        anchor = base_prediction(other, live(other) if phase.text_learns else condition) if anchored else None
-        return loss_of(mine, sampler, objective, condition, anchor)
-
-    def after_step() -> None:
-        if TOKEN in phase.learns and embedding is not None:
-            guard_norms(embedding.rows, largest)
-
-    factor = rate_factor(task.params.optimiser, phase.steps)
-    turn = _turns(task.params.tuning.token_share, parameters) if task.params.method == "joint" else None
-    return Stretch(phase, parameters, enter, after_step, factor, rates, frozenset({_ROWS}), turn)
-
-
-def _learners(
-    mine: Components, task: Task, phase: Phase, embedding: tokens.PlaceholderEmbedding | None
-) -> dict[str, nn.Parameter]:
-    """What learns in a phase, by name: `<target>.<branch>.<side>`, and the token's rows."""
-    found: dict[str, nn.Parameter] = {}
-    if FACTORS in phase.learns:
-        found = inject.trainable(mine.unet) | inject.trainable(mine.text_encoder)
-    if WEIGHTS in phase.learns:
-        found |= whole_models(mine, _text_learns(task.params))
-    if TOKEN in phase.learns and embedding is not None:
-        found[_ROWS] = embedding.rows
-    return found
-
-
-def _turns(share: float | None, parameters: Mapping[str, nn.Parameter]) -> Callable[[int], Collection[str]] | None:
-    """Which parameters learn in a step of method `joint`; None where all do in every step."""
-    if share is None:
-        return None
-    factors = parameters.keys() - {_ROWS}
-    return lambda step: {_ROWS} if TOKEN in turns(share, step) else factors
-
-
-def live(mine: Components) -> Condition:
-    """A text encoder that learns is asked anew in every step, once for each caption of the batch."""
-
-    def condition(captions: Sequence[str]) -> Tensor:
-        distinct = sorted(set(captions))
-        return encode_prompts(mine, distinct)[[distinct.index(caption) for caption in captions]]
-
-    return condition
-
-
-@torch.no_grad()
-def cached(mine: Components, captions: Sequence[str]) -> Condition:
-    """A text encoder that does not learn is asked once for each caption."""
-    distinct = sorted(set(captions))
-    known = torch.cat([encode_prompts(mine, distinct[start : start + 32]) for start in range(0, len(distinct), 32)])
-    places = {caption: place for place, caption in enumerate(distinct)}
-    return lambda some: known[[places[caption] for caption in some]]
-
-
-def predictor(mine: Components) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The UNet as a function of noisy latents, timesteps and conditioning."""
-
-    def predict(noisy: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
-        noisy = noisy.to(conditioning.dtype).contiguous(memory_format=torch.channels_last)
-        return cast(Tensor, mine.unet(noisy, timesteps, conditioning, return_dict=False)[0])
-
-    return predict
-
-
-def base_prediction(mine: Components, condition: Condition) -> Anchor:
-    """What the base itself says of noisy latents, timesteps and captions, with what is learnt switched off."""
-    predict = predictor(mine)
-
-    @torch.no_grad()
-    def anchor(noisy: Tensor, timesteps: Tensor, captions: Sequence[str]) -> Tensor:
-        models = (mine.unet, mine.text_encoder)
-        try:
-            for model in models:
-                inject.set_weights(model, {BRANCH: 0.0})
-            return predict(noisy, timesteps, condition(captions))
-        finally:
-            for model in models:
-                inject.set_weights(model, {BRANCH: 1.0})
-
-    return anchor
-
-
-def loss_of(
-    mine: Components, sampler: Sampler, objective: Objective, condition: Condition, anchor: Anchor | None
-) -> LossAt:
-    """The loss of a step: instances and priors go through the UNet together.
-
-    Args:
-        mine: The base, with what is learnt.
-        sampler: Gives the batches.
-        objective: What is minimised.
-        condition: Captions to what the UNet reads.
-        anchor: Gives the priors' targets; None where they are those of their pictures.
-    """
-    schedule, predict = objective.schedule, predictor(mine)
-
-    def loss_at(step: int) -> Tensor:
-        batch = moved(sampler.batch(step), mine.unet.device)
-        noisy = noised(schedule, batch.latents, batch.shown, batch.timesteps)
-        target = target_of(schedule, batch.latents, batch.noise, batch.timesteps)
-        if anchor is not None:
-            own = batch.instances
-            said = anchor(noisy[own:], batch.timesteps[own:], batch.captions[own:])
-            target = torch.cat([target[:own], said.to(target)])
-        prediction = predict(noisy, batch.timesteps, condition(batch.captions))
-        return (batch.weights * distances(prediction, target, objective.huber_delta, batch.pixel_weights)).sum()
-
-    return loss_at

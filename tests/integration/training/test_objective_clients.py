@@ -18,12 +18,16 @@ from train_values import train_params
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.pretrained.encoding import encode_prompts
-from lora_pipeline.training.batches import Sampler, anchors_of, encode_examples
+from lora_pipeline.training.batches import Batch, Sampler
+from lora_pipeline.training.cache import TensorCache
+from lora_pipeline.training.conditioning import cached, live
+from lora_pipeline.training.encodings import Encoder, anchors_of
 from lora_pipeline.training.loop import LossAt
+from lora_pipeline.training.losses import BRANCH, base_prediction, batch_loss, loss_of
 from lora_pipeline.training.noising import noised, schedule_of, target_of
 from lora_pipeline.training.objective import objective_of
 from lora_pipeline.training.phases import TUNING, phases_of
-from lora_pipeline.training.tuning import Task, Tuned, base_prediction, cached, loss_of, tune
+from lora_pipeline.training.tuning import Task, Tuned, tune
 from lora_pipeline.training.weighting import level_weights
 
 pytestmark = pytest.mark.filterwarnings("default::FutureWarning")
@@ -130,17 +134,23 @@ class Bench:
     def __init__(self, folder: Path, changes: Mapping[str, Any], with_priors: bool) -> None:
         self.base: Components = tiny.components(folder / "tokenizer")
         self.task = tiny.with_masks(tiny.task(folder, {"method": "dreambooth", **changes}))
-        own = encode_examples(self.base.vae, self.task.examples, self.task.params.objective.mask_background)
-        priors = encode_examples(self.base.vae, self.task.priors) if with_priors else anchors_of(own, "<zorp>")
+        cache, background = TensorCache(None), self.task.params.objective.mask_background
+        own = Encoder(self.base.vae, cache, print, background).examples(self.task.examples)
+        of_class = Encoder(self.base.vae, cache, print).examples(self.task.priors)
+        priors = of_class if with_priors else anchors_of(own, "<zorp>")
         [phase] = phases_of(self.task.params)
         assert phase.name == TUNING
         self.objective = objective_of(self.task.params, phase, self.base.scheduler)
         self.sampler = Sampler(phase, (own, priors), 2, self.objective, 7)
-        self.condition = cached(self.base, [each.caption for each in (*own, *priors)])
+        self.condition = cached(self.base, [each.caption for each in (*own, *priors)], cache)
 
     def loss(self, anchored: bool) -> LossAt:
         anchor = base_prediction(self.base, self.condition) if anchored else None
-        return loss_of(self.base, self.sampler, self.objective, self.condition, anchor)
+        return loss_of(batch_loss(self.base, self.objective, self.condition, anchor), self.sampler)
+
+    def batch(self, step: int) -> Batch:
+        [batch] = self.sampler.batches(step)
+        return batch
 
 
 def test_the_loss_of_a_step_is_what_its_batch_says(tmp_path: Path) -> None:
@@ -154,7 +164,7 @@ def test_the_loss_of_a_step_is_what_its_batch_says(tmp_path: Path) -> None:
         with_priors=True,
     )  # fmt: skip
     scheduler, total = bench.base.scheduler, torch.zeros(())
-    batch = bench.sampler.batch(1)
+    batch = bench.batch(1)
     with torch.no_grad():
         for i in range(4):
             x, noise, shown, at = (
@@ -176,7 +186,7 @@ def test_the_loss_of_a_step_is_what_its_batch_says(tmp_path: Path) -> None:
 
 def test_nothing_but_the_own_half_is_lost_before_anything_is_learnt(tmp_path: Path) -> None:
     bench = Bench(tmp_path, {}, with_priors=False)
-    batch = bench.sampler.batch(0)
+    batch = bench.batch(0)
     assert batch.captions[2:] == ["a creature"] * 2
     with torch.no_grad():
         states = encode_prompts(bench.base, batch.captions)
@@ -191,7 +201,6 @@ def test_nothing_but_the_own_half_is_lost_before_anything_is_learnt(tmp_path: Pa
 def test_the_base_is_asked_with_all_that_is_learnt_switched_off(tmp_path: Path) -> None:
     """The text encoder's adapter too, which a caption cached before would not show."""
     from lora_pipeline.injection import inject
-    from lora_pipeline.training.tuning import BRANCH, live
 
     base = tiny.components(tmp_path / "tokenizer")
     source = torch.Generator().manual_seed(0)
