@@ -10,14 +10,13 @@ import typer
 
 from lora_pipeline.params import load_params
 from stages._stage import PARAMS, entry, project_root, stage
+from stages._tuned import draw_samples, keep_samples, sample_path, write_tuned
 
 if TYPE_CHECKING:
-    from lora_pipeline.adapters.adapter import Adapter, Json
-    from lora_pipeline.params import ConceptParams
+    from lora_pipeline.adapters.adapter import Json
     from lora_pipeline.pretrained.components import Components
 
 ENCODINGS = Path(".work/encodings")
-SAMPLE_SEEDS = (0, 1, 2, 3)
 
 
 def train(
@@ -37,12 +36,9 @@ def train(
 
         dvc repro --single-item --force train@zorp
     """
-    from lora_pipeline.adapters import save_adapter
-    from lora_pipeline.adapters.adapter import Adapter
     from lora_pipeline.adapters.fingerprint import base_fingerprint
     from lora_pipeline.data.dataset import content_hash, read_examples
     from lora_pipeline.pretrained.components import load_components
-    from lora_pipeline.training.curve import draw_losses, write_losses
     from lora_pipeline.training.memory import used_bytes
     from lora_pipeline.training.phases import phases_of
     from lora_pipeline.training.processes import rank
@@ -80,8 +76,11 @@ def train(
                 for name, value in values.items():
                     run.tracker.metric(name, value, step)
 
+            def look(step: int, now: Components) -> None:
+                draw_samples(now, section, sample_path(run.work, step))
+
             cache = project_root() / ENCODINGS
-            tuned = tune(components, task, run.work, report, lambda line: typer.echo(line, err=True), cache)
+            tuned = tune(components, task, run.work, report, lambda line: typer.echo(line, err=True), cache, look)
         provenance: dict[str, Json] = {
             "base": base_fingerprint(base),
             "code": version("lora-pipeline"),
@@ -91,11 +90,9 @@ def train(
             "parents": [],
             "priors": content_hash(task.priors),
         }
-        adapter = Adapter(tuned.factors, tuned.embeddings, provenance)
-        save_adapter(adapter, run.building / "tuned.safetensors")
-        write_losses(tuned.losses, run.building / "loss.csv", tuned.validation)
-        draw_losses(tuned.losses, run.building / "loss.png", tuned.validation)
-        draw_samples(components, adapter, section, run.building / "samples.png")
+        drawing = write_tuned(tuned, provenance, base, components, run.building)
+        draw_samples(drawing, section, run.building / "samples.png")
+        keep_samples(run.work, run.building)
 
 
 def without_steps(settings: dict[str, Json]) -> dict[str, Json]:
@@ -105,30 +102,3 @@ def without_steps(settings: dict[str, Json]) -> dict[str, Json]:
         values: dict[str, Json] = dict(train[phase])  # type: ignore[arg-type]
         train[phase] = {key: value for key, value in values.items() if key != "steps"}
     return {**settings, "train": {key: value for key, value in train.items() if key != "checkpoint_every"}}
-
-
-def draw_samples(components: Components, adapter: Adapter, section: ConceptParams, path: Path) -> None:
-    """Renders the concept's sample prompt from a few seeds, with the settings its class pictures have."""
-    from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
-    from lora_pipeline.injection.inject import inject_adapter
-    from lora_pipeline.injection.tokens import add_placeholder
-    from lora_pipeline.rendering.sampling import sample
-    from lora_pipeline.rendering.sheet import contact_sheet
-
-    for token, rows in adapter.embeddings.items():
-        add_placeholder(components.tokenizer, components.text_encoder, token, rows)
-    inject_adapter(components.unet, UNET, adapter, "tuned")
-    inject_adapter(components.text_encoder, TEXT_ENCODER, adapter, "tuned")
-    prompts = [section.train.samples.prompt] * len(SAMPLE_SEEDS)
-    images = sample(
-        components,
-        prompts,
-        SAMPLE_SEEDS,
-        steps=section.priors.steps,
-        guidance_scale=section.priors.guidance_scale,
-        negative_prompt="",
-        weights_at=None,
-        batch=len(SAMPLE_SEEDS),
-    )
-    sheet = contact_sheet(images, [section.train.samples.prompt], [f"seed {seed}" for seed in SAMPLE_SEEDS])
-    sheet.save(path, format="PNG")

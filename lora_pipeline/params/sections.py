@@ -170,6 +170,9 @@ def _learnable(where: str, concept: ConceptParams) -> None:
     prior = train.prior
     if train.method == "dreambooth" and prior.weight == 0:
         raise ParamsError(f"{where}.train.prior.weight", "is 0, and method dreambooth needs it", "write 1, or use lora")
+    if train.method == "full" and concept.extract.rank is None:
+        problem, fix = "is null, and method full learns whole weights", "write a rank, or {energy: 0.9}"
+        raise ParamsError(f"{where}.extract.rank", problem, fix)
     if "tuning" in phases and prior.weight > 0 and prior.target == "pictures" and concept.priors.count == 0:
         problem = f"is {prior.weight:g}, and priors.count is 0"
         raise ParamsError(f"{where}.train.prior.weight", problem, "write 0, or set priors.count above 0")

@@ -26,6 +26,8 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "ti": {"method": "ti"},
     "lora": {"method": "lora", "prior.weight": 0.0},
     "dreambooth": {"method": "dreambooth", "captions.dropout": 0.2},
+    "joint": {"method": "joint", "tuning.token_learning_rate": 0.01, "tuning.token_share": 0.4},
+    "full": {"method": "full", "tuning.learning_rate": 0.001},
     "pti": {"method": "pti", "adapter.text_encoder_targets": ["*q_proj"]},
 }
 
