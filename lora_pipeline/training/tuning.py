@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
 from lora_pipeline.data.dataset import Example
 from lora_pipeline.injection import inject, tokens
+from lora_pipeline.injection.initial import INITS
+from lora_pipeline.injection.patterns import by_target, check_patterns
 from lora_pipeline.pretrained.encoding import tokenize
 from lora_pipeline.pretrained.engine import checkpointed, compiled
 from lora_pipeline.training.cache import TensorCache
@@ -199,14 +202,23 @@ def _add_token(mine: Components, task: Task) -> tokens.PlaceholderEmbedding:
 
 def _add_branches(mine: Components, task: Task) -> None:
     params = task.params.adapter
-    chosen = ((mine.unet, UNET, params.unet_targets), (mine.text_encoder, TEXT_ENCODER, params.text_encoder_targets))
-    for model, prefix, globs in chosen:
+    models = {UNET: mine.unet, TEXT_ENCODER: mine.text_encoder}
+    globs = {UNET: params.unet_targets, TEXT_ENCODER: params.text_encoder_targets}
+    targets = {prefix: inject.select_targets(model, prefix, globs[prefix]) for prefix, model in models.items()}
+    check_patterns("adapter.ranks", params.ranks, targets)
+    check_patterns("adapter.alphas", params.alphas, targets)
+    for prefix, model in models.items():
+        ranks = by_target(prefix, targets[prefix], params.rank, params.ranks)
+        alphas = by_target(prefix, targets[prefix], params.alpha, params.alphas)
+        if params.rank_stabilised:  # alpha / sqrt(rank) as alpha · sqrt(rank) / rank, which every reader knows
+            alphas = {target: alpha * math.sqrt(ranks[target]) for target, alpha in alphas.items()}
         inject.inject_new(
             model,
             prefix,
-            inject.select_targets(model, prefix, globs),
+            targets[prefix],
             BRANCH,
-            rank=params.rank,
-            alpha=params.alpha,
+            rank=ranks,
+            alpha=alphas,
             generator=generator_for(task.seed, TUNING, 0, f"{prefix} factors"),
+            init=INITS[params.init],
         )

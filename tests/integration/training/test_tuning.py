@@ -73,6 +73,33 @@ def test_each_method_moves_what_it_says_and_leaves_the_base(
         assert rows.norm() <= largest * 1.0001
 
 
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_ranks_and_alphas_go_by_layer(tmp_path: Path) -> None:
+    changes = {
+        "method": "lora", "adapter.ranks": {"*attn*": 3, "*attn1*": 1}, "adapter.alphas": {"*.conv1": 5.0},
+        "adapter.text_encoder_targets": ["*fc1"], "tuning.steps": 1,
+    }  # fmt: skip
+    found = run(tmp_path, tiny.task(tmp_path, changes)).factors
+    for target, factors in found.items():
+        expected = 1 if "attn1" in target else 3 if "attn" in target else 2
+        assert factors.rank == expected
+        assert factors.alpha == (5.0 if target.endswith("conv1") else 2.0)
+    stabilised = run(tmp_path, tiny.task(_made(tmp_path / "b"), changes | {"adapter.rank_stabilised": True})).factors
+    for target, factors in stabilised.items():
+        assert factors.scale == pytest.approx(found[target].alpha / math.sqrt(factors.rank))
+
+
+@pytest.mark.parametrize("key", ["adapter.ranks", "adapter.alphas"])
+def test_a_pattern_that_matches_no_layer_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ParamsError, match="matches no layer") as refused:
+        run(tmp_path, tiny.task(tmp_path, {"method": "lora", key: {"*nothing*": 3}}))
+    assert refused.value.where == f"concepts.zorp.train.{key}"
+
+
 JOINT = {"method": "joint", "tuning.token_learning_rate": 0.01}
 
 
