@@ -14,11 +14,9 @@ T = TypeVar("T")
 
 def by_target(prefix: str, targets: Iterable[str], default: T, patterns: Mapping[str, T]) -> dict[str, T]:
     """Each target's value: that of the last glob that matches its path below the model, else `default`."""
-    start = len(root(prefix))
+    start, last_first = len(root(prefix)), [*patterns.items()][::-1]
     return {
-        target: next(
-            (value for glob, value in reversed(patterns.items()) if fnmatchcase(target[start:], glob)), default
-        )
+        target: next((value for glob, value in last_first if fnmatchcase(target[start:], glob)), default)
         for target in targets
     }
 

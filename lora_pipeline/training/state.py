@@ -66,6 +66,13 @@ def optimiser_state(
         raise ParamsError("optimiser.name", problem, "use another, such as adamw") from None
 
 
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    """A moment in the memory order of its parameter: fused kernels read both as they lie."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def restore_optimiser(
     optimiser: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
@@ -77,7 +84,7 @@ def restore_optimiser(
         held = dict(document["mapping"])["state"]
         state = unpacked(dict(held["mapping"])[name], tensors, parameter.device)
         if state:
-            optimiser.state[parameter] = state
+            optimiser.state[parameter] = {key: _laid_out(value, parameter) for key, value in state.items()}
     device = next(iter(parameters.values())).device
     groups = unpacked(dict(document["mapping"])["groups"], tensors, device)
     for group, values in zip(optimiser.param_groups, groups, strict=True):

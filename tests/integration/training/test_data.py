@@ -186,14 +186,9 @@ def test_shuffled_captions_are_said_to_be_asked_for_as_they_come(tmp_path: Path)
     tagged = replace(task, examples=[replace(each, caption="a <zorp>, dog, creature") for each in task.examples])
     for each in (task, tagged):  # the first has nothing to shuffle
         assert not said
-        (tmp_path / "work").mkdir(exist_ok=True)
-        tune(
-            tiny.components(tmp_path / "tokenizer"),
-            each,
-            tmp_path / f"work{len(said)}{each is task}",
-            silent,
-            said.append,
-        )
+        work = tmp_path / f"work {each is task}"
+        work.mkdir()
+        tune(tiny.components(tmp_path / "tokenizer"), each, work, silent, said.append)
     assert len(said) == 1
     assert "captions are shuffled" in said[0]
 

@@ -57,7 +57,7 @@ def test_masks_are_cut_as_their_pictures_are(raw: Path, crop: str, seed: int) ->
     assert np.abs(mask - picture).max() < 40  # Lanczos overshoots where the mask may not
     rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
     assert rows[0]["mask_file_name"] == "000.mask.png"
-    assert set(rows[1]) == {"file_name", "text"}
+    assert set(rows[1]) == {"file_name", "text", "source"}
 
 
 def test_masks_are_loaded_as_shares_and_missing_ones_are_white(raw: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_pipeline.errors import MissingError, ParamsError
 from lora_pipeline.training.optimisation import groups_of, make_optimiser
+from lora_pipeline.training.state import optimiser_state, restore_optimiser
 
 
 def section(name: str = "adamw", decay: float = 0.01, **options: Any) -> Any:
@@ -130,3 +131,32 @@ def test_a_package_that_is_not_there_is_told_with_its_remedy() -> None:
     with pytest.raises(MissingError) as caught:
         moved(section("no_such_package.Fast"), 1, 0.1)
     assert caught.value.fix == "pip install no_such_package, or use adamw"
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy", "lion"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_restored_optimiser_goes_on_as_it_would_have(name: str, memory_format: torch.memory_format) -> None:
+    """Whatever the order in which a parameter lies in memory: fused kernels pair it with its moments as they lie."""
+    source = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(3, 4, 5, 2, generator=source), torch.randn(4, 3, 4, 5, 2, generator=source)
+
+    def fresh(values: Tensor) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        parameters = {"a": nn.Parameter(values.clone().contiguous(memory_format=memory_format))}
+        return parameters, make_optimiser(section(name), groups_of(parameters, {}, frozenset()), 0.1)
+
+    def steps(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            parameters["a"].grad = gradients[number].contiguous(memory_format=memory_format)
+            optimiser.step()
+
+    straight = fresh(start)
+    steps(*straight, range(4))
+    before = fresh(start)
+    steps(*before, range(2))
+    tensors: dict[str, Tensor] = {}
+    document = optimiser_state(before[1], before[0], tensors)
+    stored = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}  # as files hold them
+    after = fresh(before[0]["a"].detach())
+    restore_optimiser(after[1], after[0], document, stored)
+    steps(*after, range(2, 4))
+    assert torch.equal(after[0]["a"], straight[0]["a"])
