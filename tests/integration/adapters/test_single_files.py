@@ -366,7 +366,7 @@ def test_a_merge_replaces_neither_its_base_nor_a_file_by_a_folder(
     (base / "model_index.json").write_text("{}")
     Path("notes").write_bytes(b"mine")
     before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match="is the base|is a file"):
+    with pytest.raises(UsageError, match=r"is the base|is a file"):
         merge_command(base, Path(out), files=["a.safetensors"])
     assert Path("notes").read_bytes() == b"mine"
     assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
