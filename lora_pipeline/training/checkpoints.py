@@ -100,7 +100,7 @@ def load_checkpoint(work: Path) -> tuple[Position, dict[str, Tensor]] | None:
 
 
 def check_space(work: Path, size: int) -> None:
-    """Refuses a folder that cannot be written to, or has no room for two checkpoints of `size` bytes.
+    """Makes the folder, and refuses one that cannot be written to or has no room for two checkpoints of `size` bytes.
 
     Raises:
         ResourceError: No space left.
@@ -109,6 +109,7 @@ def check_space(work: Path, size: int) -> None:
     probe = work / ".probe"
     with disk_errors(work):
         try:
+            work.mkdir(parents=True, exist_ok=True)
             with probe.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, 2 * max(size, 1))
         finally:

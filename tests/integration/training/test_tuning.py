@@ -100,6 +100,12 @@ def test_a_pattern_that_matches_no_layer_is_refused(tmp_path: Path, key: str) ->
     assert refused.value.where == f"concepts.zorp.train.{key}"
 
 
+def test_the_work_folder_is_made_where_there_is_none(tmp_path: Path) -> None:
+    work = tmp_path / "not" / "there"
+    tune(tiny.components(tmp_path / "tokenizer"), tiny.task(tmp_path, {"method": "ti"}), work, silent)
+    assert (work / "LATEST").is_file()
+
+
 JOINT = {"method": "joint", "tuning.token_learning_rate": 0.01}
 
 
