@@ -64,7 +64,8 @@ def train(
     def lasting() -> dict[str, Json]:
         return without_steps(settings())
 
-    with stage("train", concept, out=out, inputs=[base, images, priors], section=settings, lasting=lasting) as run:
+    kept = None if section.train.method == "full" else lasting  # whose state is as large as three bases
+    with stage("train", concept, out=out, inputs=[base, images, priors], section=settings, lasting=kept) as run:
         run.building.mkdir(parents=True)  # before hours of work, in case it cannot be
         task = task_of()
         components = load_components(base)
