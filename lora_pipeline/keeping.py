@@ -22,6 +22,7 @@ from pathlib import Path
 from lora_pipeline.errors import BusyError, MissingError, ParamsError, UsageError
 
 WORK = Path(".work")
+FINISHED = "finished"  # in a work folder that is kept: its run ended, and its outs stand
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -30,7 +31,8 @@ class Keep:
     """Where a stage builds.
 
     building: a temporary sibling of each out, in the order of the outs; nothing is there yet.
-    work: a folder for checkpoints, the same for the same inputs; it outlives a killed run and goes when the outs stand.
+    work: a folder for checkpoints, the same for the same inputs; it outlives a killed run and goes when the outs stand,
+        see `kept`.
     """
 
     building: tuple[Path, ...]
@@ -64,7 +66,11 @@ def counts(path: Path) -> bool:
 
 def content_key(section: object, inputs: Sequence[Path]) -> str:
     """A sha256 over JSON-like `section` and the contents of `inputs`."""
-    told = {"section": section, "inputs": [content(path) for path in inputs]}
+    return _key(section, [content(path) for path in inputs])
+
+
+def _key(section: object, contents: list[list[tuple[str, str]]]) -> str:
+    told = {"section": section, "inputs": contents}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,6 +140,7 @@ def recover(out: Path) -> None:
 @contextmanager
 def kept(
     name: str, outs: Sequence[Path], inputs: Sequence[Path], section: Callable[[], object], root: Path,
+    lasting: Callable[[], object] | None = None,
 ) -> Iterator[Keep]:  # fmt: skip
     """Build `outs` inside the block; they appear when it ends well, and stay as they were when it does not.
 
@@ -143,6 +150,8 @@ def kept(
         inputs: Files or folders that are read.
         section: Reads the parameters again; what it gave at the start must still hold at the end.
         root: The project's folder.
+        lasting: The part of the parameters that work is kept for, where a run of others may go on from it. The work
+            folder then stays when the outs stand, marked as `FINISHED`, until another of this name is finished.
 
     Raises:
         BusyError: Another process builds the same out, or another out from the same inputs.
@@ -153,8 +162,10 @@ def kept(
         for out in outs:
             recover(out)
             out.parent.mkdir(parents=True, exist_ok=True)
-        before = content_key(section(), inputs)
-        keep = Keep(tuple(sibling(out, "new") for out in outs), root / WORK / name.replace("@", "/") / before[:32])
+        contents = [content(path) for path in inputs]
+        before = _key(section(), contents)
+        place = before if lasting is None else _key(lasting(), contents)
+        keep = Keep(tuple(sibling(out, "new") for out in outs), root / WORK / name.replace("@", "/") / place[:32])
         for path in keep.building:
             discard(path)
         # Two `dvc exp run --temp` write outs of their own, but the same inputs give them one work folder.
@@ -170,4 +181,15 @@ def kept(
             finally:
                 for path in keep.building:
                     discard(path)
-            shutil.rmtree(keep.work, ignore_errors=True)
+            if lasting is None:
+                shutil.rmtree(keep.work, ignore_errors=True)
+            else:
+                _finish(keep.work)
+
+
+def _finish(work: Path) -> None:
+    """Marks the work folder, and removes those that were marked before."""
+    (work / FINISHED).touch()
+    for other in work.parent.iterdir():
+        if other != work and (other / FINISHED).exists():
+            shutil.rmtree(other, ignore_errors=True)

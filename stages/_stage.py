@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.keeping import die_with_parent, file_digest, kept
@@ -22,7 +23,31 @@ PIPELINE = Path("dvc.yaml")
 LINE_SECONDS = 5.0  # between plain progress lines
 
 T = TypeVar("T")
-Advance = Callable[[int], None]
+
+
+class Advance(Protocol):
+    """Told how much is done, and what else a user likes to see."""
+
+    def __call__(self, done: int, told: str = "") -> None: ...
+
+
+class Pace:
+    """How fast things go, without what was done before the first call."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.start: tuple[float, int] | None = None
+
+    def told(self, done: int) -> str:
+        """Such as `3.4/s, 0:01:20 left`; nothing at first."""
+        now = time.monotonic()
+        if self.start is None:
+            self.start = (now, done)
+        began, first = self.start
+        if done == first or now == began:
+            return ""
+        rate = (done - first) / (now - began)
+        return f"{rate:.3g}/s, {timedelta(seconds=round((self.total - done) / rate))} left"
 
 
 @dataclass(frozen=True)
@@ -47,25 +72,37 @@ class Stage:
 @contextmanager
 def bar(total: int, label: str) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+    pace = Pace(total)
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
+        task = progress.add_task(label, total=total, told="")
+
+        def advance(done: int, told: str = "") -> None:
+            progress.update(task, completed=done, told=joined(pace.told(done), told))
+
+        yield advance
 
 
 @contextmanager
 def lines(total: int, label: str) -> Iterator[Advance]:
-    told = time.monotonic()
+    last, pace = time.monotonic(), Pace(total)
 
-    def advance(done: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= LINE_SECONDS:
-            told = time.monotonic()
-            print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)  # noqa: T201 - progress is what it is for
+    def advance(done: int, told: str = "") -> None:
+        nonlocal last
+        speed = pace.told(done)
+        if time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
+            line = joined(f"{label}: {done} of {total}", speed, told)
+            print(line, file=sys.stderr, flush=True)  # noqa: T201 - progress is what it is for
 
     yield advance
+
+
+def joined(*parts: str) -> str:
+    """With commas between what is not empty."""
+    return ", ".join(part for part in parts if part)
 
 
 def project_root() -> Path:
@@ -102,6 +139,7 @@ def code(verb: str) -> list[Path]:
 @contextmanager
 def stage(
     verb: str, instance: str, *, out: Path | Sequence[Path], inputs: Sequence[Path], section: Callable[[], object],
+    lasting: Callable[[], object] | None = None,
 ) -> Iterator[Stage]:  # fmt: skip
     """Run the work of `verb@instance` inside the block.
 
@@ -111,12 +149,16 @@ def stage(
         out: What is written; it appears when the block ends well.
         inputs: Files and folders that are read.
         section: Reads everything of params.yaml that the work depends on; asked again at the end.
+        lasting: See `kept`.
     """
     if "DVC_ROOT" in os.environ:  # by hand, a run may outlive its terminal
         die_with_parent()
     outs = (out,) if isinstance(out, Path) else tuple(out)
     root, name = project_root(), f"{verb}@{instance}"
-    with kept(name, outs, [*inputs, *code(verb)], section, root) as keep, track(verb, instance, root) as tracker:
+    with (
+        kept(name, outs, [*inputs, *code(verb)], section, root, lasting) as keep,
+        track(verb, instance, root) as tracker,
+    ):
         tracker.params(flat(section()))
         yield Stage(keep.building, keep.work, tracker)
         for path, final in zip(keep.building, outs, strict=True):

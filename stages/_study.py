@@ -76,7 +76,7 @@ def section_of(section: ConceptParams, name: str) -> ConceptParams:
 
 def total_steps(params: TrainParams) -> int:
     """Optimiser steps of every arm."""
-    return params.inversion_steps + params.tuning_steps
+    return params.inversion.steps + params.tuning.steps
 
 
 def arm_params(params: TrainParams, arm: Arm) -> TrainParams:
@@ -85,16 +85,16 @@ def arm_params(params: TrainParams, arm: Arm) -> TrainParams:
     Raises:
         ParamsError: The arm wants class pictures, and `params` weighs them 0.
     """
-    if arm.priors and not params.prior_weight:
-        where = f"params.yaml: concepts.{MODEL}.train.prior_weight"
+    if arm.priors and not params.prior.weight:
+        where = f"params.yaml: concepts.{MODEL}.train.prior.weight"
         raise ParamsError(where, "is 0, and the study compares with and without", "set it above 0")
-    inversion = params.inversion_steps if arm.method == "pti" else 0
+    inversion = params.inversion.steps if arm.method == "pti" else 0
     return params.model_copy(
         update={
             "method": arm.method,
-            "prior_weight": params.prior_weight if arm.priors else 0.0,
-            "inversion_steps": inversion,
-            "tuning_steps": total_steps(params) - inversion,
+            "prior": params.prior.model_copy(update={"weight": params.prior.weight if arm.priors else 0.0}),
+            "inversion": params.inversion.model_copy(update={"steps": inversion}),
+            "tuning": params.tuning.model_copy(update={"steps": total_steps(params) - inversion}),
         }
     )
 

@@ -93,7 +93,7 @@ def convert_model(source: Path, out: Path, to: str, like: Path | None, dtype: st
     if (out.suffix if suffix or out.suffix in SINGLE_FILES else None) != suffix:
         fix = f"give a name that ends in {suffix}" if suffix else "give a name without that ending"
         raise UsageError(str(out), f"is no name for --to {to}", fix)
-    check_replaceable(out)
+    check_replaceable(out, source, suffix is not None)
     inputs = [source, like] if like else [source]
     with stage("convert", out.name, out=out, inputs=inputs, section=lambda: {"dtype": dtype, "to": to}) as run:
         merge(source, [], run.building, dtype, like=like)

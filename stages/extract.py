@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,7 @@ import typer
 
 from lora_pipeline.adapters.header import read_header
 from lora_pipeline.adapters.recognition import recognise
-from lora_pipeline.errors import CorruptError, UsageError
+from lora_pipeline.errors import CorruptError, ParamsError, UsageError
 from lora_pipeline.keeping import file_digest
 from lora_pipeline.params import load_params
 from stages._extraction_report import write_report
@@ -88,6 +88,9 @@ def _of_concept(concept: str, tuned: Path, base: Path, out: Path) -> None:
         return entry(load_params(PARAMS).concepts, "concepts", concept)
 
     section = settings()
+    if (tuned / "model").is_dir():
+        _of_full(concept, tuned / "model", base, out, settings)
+        return
     source = tuned / "tuned.safetensors"
     with stage(
         "extract", concept, out=out, inputs=[source, base], section=lambda: settings().model_dump(mode="json")
@@ -108,6 +111,41 @@ def _of_concept(concept: str, tuned: Path, base: Path, out: Path) -> None:
             write_report(extraction, data, picture)
             run.tracker.artifact(data)
             run.tracker.artifact(picture)
+    _tell(out, extraction)
+
+
+def _of_full(concept: str, model: Path, base: Path, out: Path, settings: Callable[[], ConceptParams]) -> None:
+    """The adapter nearest to weights that were learnt themselves, by the concept's rule."""
+    from lora_pipeline.adapters import save_adapter
+    from lora_pipeline.adapters.distillation import Recipe, distil
+    from lora_pipeline.adapters.fingerprint import base_fingerprint
+    from lora_pipeline.adapters.ranks import rank_rule
+    from lora_pipeline.adapters.weights import open_weights
+
+    section = settings()
+    rule = rank_rule(section.extract.rank)
+    if rule is None:
+        where = f"params.yaml: concepts.{concept}.extract.rank"
+        raise ParamsError(where, "is null, and method full learns whole weights", "write a rank, or {energy: 0.9}")
+    with stage(
+        "extract", concept, out=out, inputs=[model, base], section=lambda: settings().model_dump(mode="json")
+    ) as run:
+        before, after = open_weights(base), open_weights(model)
+        provenance: dict[str, Json] = {
+            "base": base_fingerprint(base),
+            "code": version("lora-pipeline"),
+            "kind": "adapter",
+            "params": section.model_dump(mode="json"),
+            "parents": [{"name": "tuned", "sha256": base_fingerprint(model), "weight": 1.0}],
+        }
+        with run.progress(len(before.places), "parameters") as advance:
+            extraction = distil(before, after, Recipe(rule), provenance, advance=advance)
+        save_adapter(extraction.adapter, run.building)
+        run.tracker.metric("residual", extraction.residual, 0)
+        data, picture = run.work / "extraction.json", run.work / "extraction.png"
+        write_report(extraction, data, picture)
+        run.tracker.artifact(data)
+        run.tracker.artifact(picture)
     _tell(out, extraction)
 
 

@@ -43,6 +43,7 @@ def merge(  # noqa: PLR0913 - the options of a command
 
         lora-pipe merge --undo both.ckpt --base v1-5.safetensors --out v1-5-again.safetensors
     """
+    from lora_pipeline.adapters.merging import SINGLE_FILES
     from lora_pipeline.adapters.merging import merge as merged
     from lora_pipeline.adapters.merging import undo as undone
 
@@ -62,7 +63,7 @@ def merge(  # noqa: PLR0913 - the options of a command
         weighted, kind = recipe()
         return {"dtype": kind, "weights": by_name(weighted)}
 
-    check_replaceable(out)
+    check_replaceable(out, base, out.suffix in SINGLE_FILES)
     weighted, kind = recipe()
     inputs = [base, *(path for path, _ in weighted), *(path for path in (like, undo) if path)]
     with stage("merge", name or out.name, out=out, inputs=inputs, section=settings) as run:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_pipeline.params import load_params
-from stages._stage import PARAMS, entry, stage
+from stages._stage import PARAMS, entry, project_root, stage
+from stages._tuned import draw_samples, keep_samples, sample_path, write_tuned
 
 if TYPE_CHECKING:
-    from lora_pipeline.adapters.adapter import Adapter, Json
-    from lora_pipeline.params import ConceptParams
+    from lora_pipeline.adapters.adapter import Json
     from lora_pipeline.pretrained.components import Components
 
-SAMPLE_SEEDS = (0, 1, 2, 3)
+ENCODINGS = Path(".work/encodings")
 
 
 def train(
@@ -36,13 +36,12 @@ def train(
 
         dvc repro --single-item --force train@zorp
     """
-    from lora_pipeline.adapters import save_adapter
-    from lora_pipeline.adapters.adapter import Adapter
     from lora_pipeline.adapters.fingerprint import base_fingerprint
     from lora_pipeline.data.dataset import content_hash, read_examples
     from lora_pipeline.pretrained.components import load_components
-    from lora_pipeline.training.curve import draw_losses, write_losses
+    from lora_pipeline.training.memory import used_bytes
     from lora_pipeline.training.phases import phases_of
+    from lora_pipeline.training.processes import rank
     from lora_pipeline.training.tuning import Task, tune
 
     def settings() -> dict[str, Json]:
@@ -53,19 +52,36 @@ def train(
 
     params = load_params(PARAMS)
     section = entry(params.concepts, "concepts", concept)
-    with stage("train", concept, out=out, inputs=[base, images, priors], section=settings) as run:
+
+    def task_of() -> Task:
         pictures = read_examples(images), read_examples(priors)
-        task = Task(concept, section.placeholder_token, *pictures, section.train, params.seed)
+        return Task(concept, section.placeholder_token, *pictures, section.train, params.seed)
+
+    if rank() > 0:  # the first process writes, and tells the others where it goes on
+        tune(load_components(base), task_of(), out, lambda _, __: None)
+        return
+
+    def lasting() -> dict[str, Json]:
+        return without_steps(settings())
+
+    kept = None if section.train.method == "full" else lasting  # whose state is as large as three bases
+    with stage("train", concept, out=out, inputs=[base, images, priors], section=settings, lasting=kept) as run:
+        run.building.mkdir(parents=True)  # before hours of work, in case it cannot be
+        task = task_of()
         components = load_components(base)
         total = sum(phase.steps for phase in phases_of(section.train))
         with run.progress(total, "steps") as advance:
 
             def report(step: int, values: dict[str, float]) -> None:
-                advance(step)
+                advance(step, f"loss {values['loss']:.4g}, {used_bytes() / 1e9:.2g} GB")
                 for name, value in values.items():
                     run.tracker.metric(name, value, step)
 
-            tuned = tune(components, task, run.work, report)
+            def look(step: int, now: Components) -> None:
+                draw_samples(now, section, sample_path(run.work, step))
+
+            cache = project_root() / ENCODINGS
+            tuned = tune(components, task, run.work, report, lambda line: typer.echo(line, err=True), cache, look)
         provenance: dict[str, Json] = {
             "base": base_fingerprint(base),
             "code": version("lora-pipeline"),
@@ -75,36 +91,15 @@ def train(
             "parents": [],
             "priors": content_hash(task.priors),
         }
-        adapter = Adapter(tuned.factors, tuned.embeddings, provenance)
-        run.building.mkdir(parents=True)
-        save_adapter(adapter, run.building / "tuned.safetensors")
-        write_losses(tuned.losses, run.building / "loss.csv")
-        draw_losses(tuned.losses, run.building / "loss.png")
-        draw_samples(components, adapter, section, run.building / "samples.png")
+        drawing = write_tuned(tuned, provenance, base, components, run.building)
+        draw_samples(drawing, section, run.building / "samples.png")
+        keep_samples(run.work, run.building)
 
 
-def draw_samples(components: Components, adapter: Adapter, section: ConceptParams, path: Path) -> None:
-    """Renders the concept's sample prompt from a few seeds, with the settings its class pictures have."""
-    from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
-    from lora_pipeline.injection.inject import inject_adapter
-    from lora_pipeline.injection.tokens import add_placeholder
-    from lora_pipeline.rendering.sampling import sample
-    from lora_pipeline.rendering.sheet import contact_sheet
-
-    for token, rows in adapter.embeddings.items():
-        add_placeholder(components.tokenizer, components.text_encoder, token, rows)
-    inject_adapter(components.unet, UNET, adapter, "tuned")
-    inject_adapter(components.text_encoder, TEXT_ENCODER, adapter, "tuned")
-    prompts = [section.train.sample_prompt] * len(SAMPLE_SEEDS)
-    images = sample(
-        components,
-        prompts,
-        SAMPLE_SEEDS,
-        steps=section.priors.steps,
-        guidance_scale=section.priors.guidance_scale,
-        negative_prompt="",
-        weights_at=None,
-        batch=len(SAMPLE_SEEDS),
-    )
-    sheet = contact_sheet(images, [section.train.sample_prompt], [f"seed {seed}" for seed in SAMPLE_SEEDS])
-    sheet.save(path, format="PNG")
+def without_steps(settings: dict[str, Json]) -> dict[str, Json]:
+    """What a run of another length, or one told to keep its state more often, has in common with this one."""
+    train: dict[str, Json] = dict(settings["train"])  # type: ignore[arg-type]
+    for phase in ("inversion", "tuning"):
+        values: dict[str, Json] = dict(train[phase])  # type: ignore[arg-type]
+        train[phase] = {key: value for key, value in values.items() if key != "steps"}
+    return {**settings, "train": {key: value for key, value in train.items() if key != "checkpoint_every"}}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_pipeline.errors import CorruptError, MissingError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def read_caption(picture: Path) -> str:
@@ -55,3 +60,30 @@ def check_caption(where: str, caption: str, token: str | None, noun: str | None)
         if word and not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, flags=re.IGNORECASE):
             problem = f"the caption {caption!r} lacks the {name} {word!r}"
             raise CorruptError(where, problem, f"write {word!r} into it, where the concept is named")
+
+
+def tags_of(caption: str) -> list[str]:
+    """The parts of a caption between commas, without the empty ones."""
+    return [part for part in (part.strip() for part in caption.split(",")) if part]
+
+
+def orders_of(caption: str, kept: int) -> int:
+    """How many captions `shuffled` makes of one."""
+    return math.factorial(max(len(tags_of(caption)) - kept, 0))
+
+
+def shuffled(caption: str, kept: int, generator: torch.Generator) -> str:
+    """The parts between commas in another order; a placeholder stays whole, as parts do.
+
+    Args:
+        caption: What is shown; one with nothing to move comes back as it is.
+        kept: How many parts at the front stay there.
+        generator: One draw is taken of it, if there is something to move.
+    """
+    import torch
+
+    if orders_of(caption, kept) == 1:
+        return caption
+    tags = tags_of(caption)
+    order = torch.randperm(len(tags) - kept, generator=generator).tolist()
+    return ", ".join([*tags[:kept], *(tags[kept + place] for place in order)])

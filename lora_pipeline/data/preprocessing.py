@@ -10,7 +10,8 @@ from PIL import Image
 
 from lora_pipeline.data.captions import check_caption, fill_template, read_caption
 from lora_pipeline.data.dataset import write_metadata
-from lora_pipeline.data.images import list_pictures, open_picture
+from lora_pipeline.data.images import MASK, list_pictures, open_picture
+from lora_pipeline.data.masks import check_mask, mask_beside, mask_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def preprocess(raw: Path, out: Path, concept: ConceptParams, seed: int, advance: Callable[[int], None]) -> int:
-    """Writes `000.png` ... and `metadata.jsonl`; the same pictures and captions give the same bytes.
+    """Writes `000.png` ..., `000.mask.png` ... of those with a mask, and `metadata.jsonl`.
+
+    The same pictures, captions and masks give the same bytes.
 
     Args:
         raw: A folder of pictures, with `.txt` captions beside them if the concept says so.
@@ -33,17 +36,26 @@ def preprocess(raw: Path, out: Path, concept: ConceptParams, seed: int, advance:
 
     Raises:
         MissingError: No folder, no picture, no caption.
-        CorruptError: A damaged picture; a caption without the placeholder or, for subjects, without the class noun.
+        CorruptError: A damaged picture; a caption without the placeholder or, for subjects, without the class noun; a
+            mask of another size than its picture, or black where the picture is kept.
     """
     settings = concept.preprocess
     pictures = list_pictures(raw)
     captions = [caption_of(picture, concept) for picture in pictures]  # all refused before any is written
+    masks: dict[str, str] = {}
     for index, picture in enumerate(pictures):
         crop_seed = f"{seed}/{picture.name}" if settings.crop == "random" else None
-        square = cut_square(open_picture(picture), settings.resolution, crop_seed)
-        square.save(out / f"{index:03}.png", format="PNG")
+        whole, name = open_picture(picture), f"{index:03}.png"
+        cut_square(whole, settings.resolution, crop_seed).save(out / name, format="PNG")
+        if path := mask_beside(picture):
+            mask = cut_square(mask_for(path, whole.size), settings.resolution, crop_seed, Image.Resampling.BOX)
+            check_mask(path, mask)
+            masks[name] = f"{index:03}{MASK}"
+            mask.save(out / masks[name], format="PNG")
         advance(index + 1)
-    write_metadata(out, {f"{index:03}.png": caption for index, caption in enumerate(captions)})
+    names = [f"{index:03}.png" for index in range(len(pictures))]
+    sources = dict(zip(names, (picture.name for picture in pictures), strict=True))
+    write_metadata(out, dict(zip(names, captions, strict=True)), masks, sources)
     return len(pictures)
 
 
@@ -62,24 +74,30 @@ def caption_of(picture: Path, concept: ConceptParams) -> str:
     return caption
 
 
-def cut_square(picture: Image.Image, resolution: int, crop_seed: str | None) -> Image.Image:
-    """Scales the short side to `resolution` (Lanczos) and cuts a square out of the long one.
+def cut_square(
+    picture: Image.Image,
+    resolution: int,
+    crop_seed: str | None,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
+    """Scales the short side to `resolution` and cuts a square out of the long one.
 
     Args:
-        picture: RGB.
+        picture: RGB, or a mask.
         resolution: Pixels a side.
         crop_seed: Where along the long side is drawn from it; None is the middle.
+        resampling: Lanczos keeps pictures sharp; a mask's edges are not to overshoot.
 
     Returns:
-        (resolution, resolution) RGB without any metadata of the original.
+        (resolution, resolution) of the picture's mode, without any metadata of the original.
     """
     width, height = picture.size
     scale = resolution / min(width, height)
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        picture = picture.resize(size, resampling)
     share = 0.5 if crop_seed is None else random.Random(crop_seed).random()
     left, top = (round((side - resolution) * share) for side in size)
-    square = Image.new("RGB", (resolution, resolution))
+    square = Image.new(picture.mode, (resolution, resolution))
     square.paste(picture.crop((left, top, left + resolution, top + resolution)))
     return square

@@ -17,6 +17,7 @@ from lora_pipeline.adapters.adapter import Adapter, check_family, check_understo
 from lora_pipeline.adapters.lora import LoraFactors, fitted
 from lora_pipeline.adapters.targets import root, target_of
 from lora_pipeline.errors import CorruptError, ParamsError
+from lora_pipeline.injection.initial import Init, kaiming
 from lora_pipeline.injection.layers import InjectedLayer, LoraBranch, LoraInjectedConv2d, LoraInjectedLinear
 
 Weights = Mapping[str, float] | Callable[[str, str], float]
@@ -41,40 +42,51 @@ def select_targets(model: nn.Module, prefix: str, globs: Sequence[str]) -> list[
     for glob in globs:
         if not any(fnmatchcase(target[start:], glob) for target in targets):
             example = targets[len(targets) // 2][start:] if targets else "none"
-            raise ParamsError(f"{prefix}_targets", f"{glob!r} matches no layer", f"use names like {example!r}")
+            raise ParamsError(f"adapter.{prefix}_targets", f"{glob!r} matches no layer", f"use names like {example!r}")
     return [target for target in targets if any(fnmatchcase(target[start:], glob) for glob in globs)]
 
 
-def inject_new(
+def inject_new(  # noqa: PLR0913 - what the branches are, and what they start from
     model: nn.Module,
     prefix: str,
     targets: Sequence[str],
     name: str,
     *,
-    rank: int,
-    alpha: float,
+    rank: int | Mapping[str, int],
+    alpha: float | Mapping[str, float],
     generator: torch.Generator,
+    init: Init = kaiming,
 ) -> None:
-    """Adds trainable branches that change nothing yet: down is Kaiming uniform, up is zero.
+    """Adds trainable branches that change nothing yet: up is zero.
 
-    The bound of down is 1 / sqrt(fan in), as in the code of arXiv:2106.09685 (kaiming_uniform_ with a = sqrt 5).
+    Args:
+        model: A UNet or a text encoder.
+        prefix: One of `targets.MODELS`.
+        targets: See `select_targets`.
+        name: The branches'.
+        rank: Of all targets, or by target.
+        alpha: The same.
+        generator: Draws down.
+        init: How.
 
     Raises:
         ParamsError: The rank is below 1 or above what a layer can have.
     """
     _refuse_taken_name(model, name)
     layers = _layers(model, prefix)
+    ranks = {target: rank if isinstance(rank, int) else rank[target] for target in targets}
     for target in targets:
         shape = _base(model, layers[target]).weight.shape
         largest = min(shape[0], math.prod(shape[1:]))
-        if not 1 <= rank <= largest:
-            raise ParamsError("rank", f"{rank} does not fit {target}", f"use a rank between 1 and {largest}")
+        if not 1 <= ranks[target] <= largest:
+            problem = f"{ranks[target]} does not fit {target}"
+            raise ParamsError("adapter.rank", problem, f"use a rank between 1 and {largest}")
     for target in targets:
         weight = _base(model, layers[target]).weight.requires_grad_(False)
-        bound = 1.0 / math.sqrt(math.prod(weight.shape[1:]))
-        down = torch.rand(rank, *weight.shape[1:], generator=generator, device=generator.device) * (2 * bound) - bound
-        up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
-        branch = LoraBranch(LoraFactors(down, up, alpha), trainable=True).to(weight.device)
+        down = init(ranks[target], weight.shape[1:], generator)
+        up = torch.zeros(weight.shape[0], ranks[target], *[1] * (weight.ndim - 2))
+        scale = alpha if isinstance(alpha, int | float) else alpha[target]
+        branch = LoraBranch(LoraFactors(down, up, float(scale)), trainable=True).to(weight.device)
         _add_branch(model, layers[target], target, name, branch)
 
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from lora_pipeline.adapters.lora import LoraFactors
 
+# Up to this many values in a weight, changing it costs less than multiplying every input by two thin factors.
+_SMALL_WEIGHT = 2**16
+
 
 class LoraBranch(nn.Module):
     """One adapter's factors in one layer.
@@ -82,6 +85,22 @@ class LoraInjectedLinear(InjectedLayer):
     """A linear layer with branches: (..., in) -> (..., out)."""
 
     base: nn.Linear
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """See `InjectedLayer`; a branch that learns alone in a small layer changes the weight, for the same sum."""
+        branch = self._learner()
+        if branch is None:
+            return super().forward(inputs)
+        weight = torch.addmm(self.base.weight, branch.up, branch.down, alpha=branch.gain)
+        return F.linear(inputs, weight, self.base.bias)
+
+    def _learner(self) -> LoraBranch | None:
+        """The layer's one branch, if it is better added to the weight: small, in float32, and learning."""
+        if len(self.branches) != 1 or self.base.weight.numel() > _SMALL_WEIGHT or not torch.is_grad_enabled():
+            return None
+        (branch,) = self.branches.values()
+        suits = branch.up.requires_grad and branch.weight != 0.0 and self.base.weight.dtype == branch.up.dtype
+        return branch if suits else None
 
     def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
         """`output` (..., out) plus the branch's change for `inputs` (..., in), in the dtype of `output`."""

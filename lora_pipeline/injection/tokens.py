@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from lora_pipeline.adapters.vocabulary import token_names
 from lora_pipeline.errors import CorruptError, ParamsError
 
+RANDOM, ZERO = "<random>", "<zero>"
+WORDLESS = (RANDOM, ZERO)  # where a placeholder may start, beside words
+
 
 class PlaceholderEmbedding(nn.Module):
     """An embedding with extra rows for the ids from `first_id` on.
@@ -107,14 +110,18 @@ def expand(tokenizer: Any, prompt: str) -> str:
     return prompt
 
 
-def initial_rows(tokenizer: Any, text_encoder: Any, words: str, vectors: int) -> Tensor:
+def initial_rows(
+    tokenizer: Any, text_encoder: Any, words: str, vectors: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Rows to start a placeholder from.
 
     Args:
         tokenizer: A CLIPTokenizer.
         text_encoder: A CLIPTextModel.
-        words: What the concept resembles, such as its class noun.
+        words: What the concept resembles, such as its class noun; or `<random>`, normal with the spread of the
+            encoder's own rows, or `<zero>`.
         vectors: How many rows.
+        generator: For `<random>`.
 
     Returns:
         (vectors, dim) float32. The words' tokens are dealt out to the vectors and averaged; if there are fewer tokens
@@ -123,10 +130,15 @@ def initial_rows(tokenizer: Any, text_encoder: Any, words: str, vectors: int) ->
     Raises:
         ParamsError: The words hold no token.
     """
+    weight: Tensor = text_encoder.get_input_embeddings().weight.detach().float()
+    if words == ZERO:
+        return torch.zeros(vectors, weight.shape[1])
+    if words == RANDOM:
+        drawn = torch.randn(vectors, weight.shape[1], generator=generator)
+        return drawn * weight.std(dim=0).cpu() + weight.mean(dim=0).cpu()
     ids = tokenizer(words, add_special_tokens=False, padding=False)["input_ids"]
     if not ids:
         raise ParamsError(
             "initializer", f"{words!r} holds no token", "use a word the base knows, such as the class noun"
         )
-    weight = text_encoder.get_input_embeddings().weight.detach().float()
     return torch.stack([weight[ids[index::vectors] or [ids[index % len(ids)]]].mean(dim=0) for index in range(vectors)])

@@ -31,16 +31,17 @@ def tokenize(components: Components, prompts: Sequence[str]) -> Tensor:
 
 def encode_prompts(components: Components, prompts: Sequence[str]) -> Tensor:
     """The text encoder's last hidden states, (n, tokens, width), as Stable Diffusion 1.x and 2.x condition on."""
-    states: Tensor = components.text_encoder(tokenize(components, prompts)).last_hidden_state
+    ids = tokenize(components, prompts).to(components.text_encoder.device)
+    states: Tensor = components.text_encoder(ids).last_hidden_state
     return states
 
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of `images` (n, 3, height, width) in [-1, 1], in the UNet's scale."""
-    posterior = vae.encode(images).latent_dist
+    posterior = vae.encode(images.to(vae.device)).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    return (posterior.mean - shift) * scale, posterior.std * scale
+    return ((posterior.mean - shift) * scale).cpu(), (posterior.std * scale).cpu()
 
 
 @torch.no_grad()

@@ -124,14 +124,14 @@ def _draw(
     last = max(1, len(scheduler.timesteps) - 1)  # some schedulers take a step more than asked
     for index, timestep in enumerate(scheduler.timesteps):
         settings.weights_at(index / last)
-        model_input = scheduler.scale_model_input(latents, timestep)
+        model_input = scheduler.scale_model_input(latents, timestep).to(wanted)  # the UNet may be on a GPU, or halved
         if settings.guidance_scale > 1:
             away, towards = _two_predictions(components.unet, model_input, timestep, unwanted, wanted)
             prediction = away + settings.guidance_scale * (towards - away)
         else:
             prediction = components.unet(model_input, timestep, wanted).sample
-        latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
-    return _to_bytes(decode_latents(components.vae, latents))
+        latents = scheduler.step(prediction.to(latents), timestep, latents, **options).prev_sample
+    return _to_bytes(decode_latents(components.vae, latents.to(components.vae.device)).cpu())
 
 
 def _two_predictions(

@@ -1,80 +1,55 @@
-"""What a step is shown: examples with their latents' distributions, and the draws of one step."""
+"""What a step is shown: pictures of one shape, seen one way, with their captions and the draws of the step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_pipeline.data.dataset import Example, load_pixels
-from lora_pipeline.pretrained.encoding import encode_images
-from lora_pipeline.training.draws import batch_indices, generator_for, spread_timesteps
-from lora_pipeline.training.objective import prior_weights
+from lora_pipeline.data.captions import shuffled
+from lora_pipeline.training.draws import generator_for
+from lora_pipeline.training.encodings import EncodedExample
+from lora_pipeline.training.objective import Objective
+from lora_pipeline.training.order import Order
 from lora_pipeline.training.phases import Phase
-
-_PICTURES_AT_ONCE = 8
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedExample:
-    """An example as the UNet knows it.
-
-    Args:
-        caption: What the picture shows.
-        mean: (channels, height, width), of the latents' distribution.
-        deviation: Shaped as the mean; every visit draws afresh, as the encoder's own noise is part of the data.
-    """
-
-    caption: str
-    mean: Tensor
-    deviation: Tensor
+from lora_pipeline.training.weighting import prior_weights
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Instances first, then priors.
+    """Instances first, then priors; or one of them alone.
 
     Args:
         captions: One an example, empty where it was dropped.
         latents: (batch, channels, height, width).
-        noise: Shaped as the latents.
+        noise: Shaped as the latents; what the target knows.
+        shown: Noise that the latents are mixed with; `noise` itself without input perturbation.
         timesteps: (batch,) int64.
-        weights: (batch,), see `prior_weights`.
+        weights: (batch,), see `prior_weights`, times those of the noise levels.
+        pixel_weights: (batch, 1, height, width), or None for 1 everywhere.
+        instances: How many come before the priors.
     """
 
     captions: list[str]
     latents: Tensor
     noise: Tensor
+    shown: Tensor
     timesteps: Tensor
     weights: Tensor
-
-
-@torch.no_grad()
-def encode_examples(vae: Any, examples: Sequence[Example]) -> list[EncodedExample]:
-    """Runs the autoencoder once over all pictures.
-
-    Raises:
-        CorruptError: A picture cannot be read, or is of another size than the rest.
-    """
-    encoded: list[EncodedExample] = []
-    for start in range(0, len(examples), _PICTURES_AT_ONCE):
-        some = examples[start : start + _PICTURES_AT_ONCE]
-        means, deviations = encode_images(vae, load_pixels(some))
-        encoded += map(EncodedExample, [example.caption for example in some], means.clone(), deviations.clone())
-    return encoded
+    pixel_weights: Tensor | None
+    instances: int
 
 
 class Sampler:
-    """Draws the batch of any step of a phase; the same step always gives the same batch.
+    """Draws the batches of any step of a phase; the same step always gives the same.
 
     Args:
-        phase: With prior_weight 0 the batch has no priors.
+        phase: With prior_weight 0 there are no priors.
         pools: Instances and priors.
         batch_size: Of each of them.
-        timesteps: Of the noise schedule.
+        objective: Of the phase; says which noise and noise levels are drawn.
         seed: All draws depend on it.
     """
 
@@ -83,46 +58,97 @@ class Sampler:
         phase: Phase,
         pools: tuple[Sequence[EncodedExample], Sequence[EncodedExample]],
         batch_size: int,
-        timesteps: int,
+        objective: Objective,
         seed: int,
     ) -> None:
         self.phase = phase
         self.pools = {"instances": pools[0]} | ({"priors": pools[1]} if phase.prior_weight > 0 else {})
+        self.orders = {
+            purpose: Order(
+                ["x".join(map(str, each.mean.shape)) for each in pool],
+                [each.repeats for each in pool],
+                batch_size,
+                seed,
+                phase.name,
+                purpose,
+            )
+            for purpose, pool in self.pools.items()
+        }
         self.batch_size = batch_size
-        self.timesteps = timesteps
+        self.objective = objective
         self.seed = seed
         counts = [batch_size, batch_size if phase.prior_weight > 0 else 0]
         self.weights = prior_weights(counts[0], counts[1], phase.prior_weight)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, from 0; all tensors on the CPU."""
+    def batches(self, step: int) -> list[Batch]:
+        """The batch of a step, from 0, or two of them where instances and priors differ in shape; on the CPU.
+
+        The losses of both, summed, are the step's.
+        """
         examples = [example for purpose in self.pools for example in self._visited(step, purpose)]
+        captions = self._captions(step, examples)
+        timesteps = torch.cat([self._timesteps(step, purpose) for purpose in self.pools])
+        parts = {"": slice(None)}
+        if len({example.mean.shape for example in examples}) > 1:
+            parts = {"": slice(self.batch_size), "priors ": slice(self.batch_size, None)}
+        levels = self.objective.level_weights
+        weights = self.weights if levels is None else self.weights * levels[timesteps]
+        return [
+            Batch(
+                captions[part],
+                *self._drawn(step, purpose, examples[part]),
+                timesteps[part],
+                weights[part],
+                _pixel_weights(examples[part]),
+                min(self.batch_size, len(examples[part])) if part.start is None else 0,
+            )
+            for purpose, part in parts.items()
+        ]
+
+    def _drawn(self, step: int, purpose: str, examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, the noise that is asked for, and the noise that is shown."""
         mean = torch.stack([example.mean for example in examples])
         deviation = torch.stack([example.deviation for example in examples])
-        return Batch(
-            captions=self._captions(step, examples),
-            latents=mean + deviation * self._normal(step, "latents", mean.shape),
-            noise=self._normal(step, "noise", mean.shape),
-            timesteps=torch.cat([self._timesteps(step, purpose) for purpose in self.pools]),
-            weights=self.weights,
-        )
+
+        def draw(name: str, shape: torch.Size) -> Tensor:
+            return self._normal(step, f"{purpose}{name}", shape)
+
+        noise, shown = self.objective.noise.drawn(mean.shape, draw)
+        latents = mean + deviation * self._normal(step, f"{purpose}latents", mean.shape)
+        return latents, noise, shown
 
     def _visited(self, step: int, purpose: str) -> list[EncodedExample]:
         pool = self.pools[purpose]
-        return [pool[i] for i in batch_indices(len(pool), self.batch_size, step, self.seed, self.phase.name, purpose)]
+        examples = [pool[index] for index in self.orders[purpose].pictures(step)]
+        if all(example.mirrored is None for example in examples):
+            return examples
+        heads = torch.rand(len(examples), generator=self._generator(step, f"{purpose} mirrored")) < 0.5
+        pairs = zip(examples, heads.tolist(), strict=True)
+        return [example.mirrored if head and example.mirrored else example for example, head in pairs]
 
     def _captions(self, step: int, examples: Sequence[EncodedExample]) -> list[str]:
+        captions = [example.caption for example in examples]
+        if self.phase.kept_tags is not None:
+            generator = self._generator(step, "shuffle")
+            captions = [shuffled(caption, self.phase.kept_tags, generator) for caption in captions]
         draws = torch.rand(len(examples), generator=self._generator(step, "dropout")).tolist()
         return [
-            "" if draw < self.phase.caption_dropout else example.caption
-            for draw, example in zip(draws, examples, strict=True)
+            "" if draw < self.phase.caption_dropout else caption for draw, caption in zip(draws, captions, strict=True)
         ]
 
     def _timesteps(self, step: int, purpose: str) -> Tensor:
-        return spread_timesteps(self.batch_size, self.timesteps, self._generator(step, f"{purpose} timesteps"))
+        return self.objective.levels.drawn(self.batch_size, self._generator(step, f"{purpose} timesteps"))
 
     def _normal(self, step: int, purpose: str, shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=self._generator(step, purpose))
 
     def _generator(self, step: int, purpose: str) -> torch.Generator:
         return generator_for(self.seed, self.phase.name, step, purpose)
+
+
+def _pixel_weights(examples: Sequence[EncodedExample]) -> Tensor | None:
+    found = [example.pixel_weights for example in examples]
+    if all(weights is None for weights in found):
+        return None
+    ones = torch.ones(1, *examples[0].mean.shape[-2:])
+    return torch.stack([ones if weights is None else weights for weights in found])

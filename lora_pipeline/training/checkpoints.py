@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,15 +24,24 @@ from lora_pipeline.adapters.storage import disk_errors, read_tensors, write_tens
 from lora_pipeline.errors import CorruptError, MissingError
 
 POINTER = "LATEST"
-_GENERATION = "generation-"
+GENERATION = "generation-"
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is: `step` steps of phase number `phase` are done."""
+    """How far a run is: `step` steps of phase number `phase` are done.
+
+    Args:
+        phase: From 0.
+        step: How many.
+        plan: The steps of every phase.
+        rest: JSON of what else the next step depends on, see `Learner.state`.
+    """
 
     phase: int
     step: int
+    plan: tuple[int, ...] = ()
+    rest: Any = None
 
 
 def save_checkpoint(work: Path, done: int, position: Position, tensors: Mapping[str, Tensor]) -> None:
@@ -46,7 +56,7 @@ def save_checkpoint(work: Path, done: int, position: Position, tensors: Mapping[
     Raises:
         ResourceError: No space left; the previous generation stays.
     """
-    name = f"{_GENERATION}{done:010}"
+    name = f"{GENERATION}{done:010}"
     partial = work / f".{name}.partial"
     with disk_errors(work):
         shutil.rmtree(partial, ignore_errors=True)
@@ -60,7 +70,7 @@ def save_checkpoint(work: Path, done: int, position: Position, tensors: Mapping[
             (work / f".{POINTER}.partial").replace(work / POINTER)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    for old in work.glob(f"{_GENERATION}*"):
+    for old in work.glob(f"{GENERATION}*"):
         if old.name != name:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -76,16 +86,34 @@ def load_checkpoint(work: Path) -> tuple[Position, dict[str, Tensor]] | None:
         return None
     fix = f"remove the folder {work} to start over"
     name = pointer.read_text("utf-8", errors="replace").strip()
-    if not name.startswith(_GENERATION) or Path(name).name != name:
+    if not name.startswith(GENERATION) or Path(name).name != name:
         raise CorruptError(str(pointer), f"names no checkpoint: {name!r:.60}", fix)
     try:
         position = json.loads((work / name / "position.json").read_text("utf-8"))
         tensors, _ = read_tensors(work / name / "state.safetensors")
-        return Position(int(position["phase"]), int(position["step"])), tensors
+        plan = tuple(map(int, position["plan"]))
+        return Position(int(position["phase"]), int(position["step"]), plan, position["rest"]), tensors
     except (CorruptError, MissingError) as error:
         raise CorruptError(error.where, error.problem, fix) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptError(str(work / name), f"cannot be read: {error!r:.100}", fix) from None
+
+
+def check_space(work: Path, size: int) -> None:
+    """Makes the folder, and refuses one that cannot be written to or has no room for two checkpoints of `size` bytes.
+
+    Raises:
+        ResourceError: No space left.
+        MissingError: The folder cannot be written to.
+    """
+    probe = work / ".probe"
+    with disk_errors(work):
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, 2 * max(size, 1))
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def _write_text(path: Path, text: str) -> None:

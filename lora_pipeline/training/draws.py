@@ -34,11 +34,10 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int, phase: str,
     return [int(orders[place // count][place % count]) for place in places]
 
 
-def spread_timesteps(count: int, timesteps: int, generator: torch.Generator) -> Tensor:
-    """(count,) int64 in [0, timesteps): each uniform, together evenly spread, which steadies the loss.
+def spread_places(count: int, generator: torch.Generator) -> Tensor:
+    """(count,) float64 in [0, 1): each uniform, together evenly spread, which steadies the loss.
 
     Kingma et al. 2021, arXiv:2107.00630, appendix I.1.
     """
     offset = torch.rand(1, generator=generator, dtype=torch.float64)
-    places = (offset + torch.arange(count, dtype=torch.float64) / count) % 1.0
-    return (places * timesteps).long()
+    return (offset + torch.arange(count, dtype=torch.float64) / count) % 1.0

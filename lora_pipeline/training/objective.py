@@ -1,97 +1,78 @@
-"""The objective: how far a prediction is from what the noise schedule says it should be. Pure functions."""
+"""What is minimised, and over which draws: the values of `objective` as one thing that the steps of a phase share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from lora_pipeline.errors import CorruptError
+from lora_pipeline.training.noise import NoiseShape
+from lora_pipeline.training.noising import NoiseSchedule, schedule_of
+from lora_pipeline.training.phases import Phase
+from lora_pipeline.training.timesteps import Levels, levels_of
+from lora_pipeline.training.weighting import level_weights
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+if TYPE_CHECKING:
+    from lora_pipeline.params import TrainParams
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """How latents are noised, and what the UNet is asked for.
+class Objective:
+    """The objective of a phase.
 
     Args:
-        signal: (T,) float32, the square root of the cumulated alphas; 0 at the end where the SNR ends at zero.
-        noise: (T,) float32, sqrt(1 - signal²).
-        prediction: `epsilon`, `v_prediction` or `sample`.
+        schedule: How latents are noised.
+        levels: Which noise levels are drawn.
+        noise: Which noise is drawn.
+        level_weights: (T,), or None: each level's factor of the loss.
+        huber_delta: See `distances`; None for squares.
     """
 
-    signal: Tensor
-    noise: Tensor
-    prediction: str
-
-    @property
-    def timesteps(self) -> int:
-        """How many noise levels there are."""
-        return len(self.signal)
+    schedule: NoiseSchedule
+    levels: Levels
+    noise: NoiseShape
+    level_weights: Tensor | None
+    huber_delta: float | None
 
 
-def schedule_of(scheduler: Any) -> NoiseSchedule:
-    """The schedule a base was trained with.
-
-    Args:
-        scheduler: A diffusers scheduler; its `alphas_cumprod` already are rescaled where its config asks for it.
+def objective_of(params: TrainParams, phase: Phase, scheduler: Any) -> Objective:
+    """What a phase minimises.
 
     Raises:
-        CorruptError: A prediction type that is not known.
+        ParamsError, CorruptError: See `schedule_of`, `levels_of` and `level_weights`.
     """
-    prediction = scheduler.config.prediction_type
-    if prediction not in PREDICTIONS:
-        problem = f"prediction_type is {prediction!r}"
-        raise CorruptError("scheduler_config.json", problem, f"use a base with one of {', '.join(PREDICTIONS)}")
-    cumulated = scheduler.alphas_cumprod.double().clamp(0.0, 1.0)
-    return NoiseSchedule(cumulated.sqrt().float(), (1.0 - cumulated).sqrt().float(), prediction)
+    asked = params.objective
+    schedule = schedule_of(scheduler, asked.zero_terminal_snr)
+    logit_normal = asked.timesteps == "logit_normal"
+    return Objective(
+        schedule,
+        levels_of(phase.window, schedule.timesteps, logit_normal, f"{phase.name}.timesteps"),
+        NoiseShape(asked.offset_noise, asked.pyramid_noise, asked.input_perturbation),
+        level_weights(schedule, asked.weighting, asked.snr_gamma),
+        asked.huber_delta if asked.loss == "huber" else None,
+    )
 
 
-def denoising_loss(
-    predict: Predict,
-    schedule: NoiseSchedule,
-    latents: Tensor,
-    conditioning: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """Each example's weighted squared error.
+def distances(prediction: Tensor, target: Tensor, huber_delta: float | None, pixel_weights: Tensor | None) -> Tensor:
+    """How far each prediction is from its target.
 
-    x_t = signal_t · x_0 + noise_t · ε (Ho et al. 2020, arXiv:2006.11239, equation 4). The target is ε, x_0, or
-    v = signal_t · ε - noise_t · x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+    The mean of squares e², or of the pseudo-Huber 2 δ² (sqrt(1 + (e / δ)²) - 1), which is e² where e is far below δ and
+    2 δ |e| where it is far above, and smooth between them (Charbonnier et al. 1997; for diffusion: Khrapov et al. 2024,
+    arXiv:2403.16728).
 
     Args:
-        predict: (noisy latents, timesteps, conditioning) -> prediction, shaped as the latents.
-        schedule: The base's.
-        latents: (batch, channels, height, width), x_0.
-        conditioning: (batch, tokens, dim).
-        noise: ε, shaped as the latents.
-        timesteps: (batch,) int64.
-        weights: (batch,); see `prior_weights`.
+        prediction: (batch, channels, height, width).
+        target: Shaped as the prediction.
+        huber_delta: δ, or None for squares.
+        pixel_weights: (batch, 1, height, width), see `masking.pixel_weights`; None for 1 everywhere.
 
     Returns:
-        (batch,) in the latents' dtype; their sum is what is minimised.
+        (batch,) in the target's dtype.
     """
-    signal = schedule.signal.to(latents)[timesteps].view(-1, 1, 1, 1)
-    spread = schedule.noise.to(latents)[timesteps].view(-1, 1, 1, 1)
-    target = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: signal * noise - spread * latents,
-        "sample": lambda: latents,
-    }[schedule.prediction]()
-    prediction = predict(signal * latents + spread * noise, timesteps, conditioning)
-    return weights * (prediction.to(target.dtype) - target).square().flatten(1).mean(dim=1)
-
-
-def prior_weights(instances: int, priors: int, prior_weight: float) -> Tensor:
-    """(instances + priors,) float32 such that the sum is mean(instances) + prior_weight · mean(priors).
-
-    Ruiz et al. 2022 (DreamBooth), arXiv:2208.12242, equation 2.
-    """
-    return torch.tensor([1.0 / instances] * instances + [prior_weight / max(priors, 1)] * priors)
+    distance = (prediction.to(target.dtype) - target).square()
+    if huber_delta is not None:  # the same as above without its cancellation
+        distance = 2.0 * distance / ((1.0 + distance / huber_delta**2).sqrt() + 1.0)
+    if pixel_weights is not None:
+        distance = distance * pixel_weights
+    return distance.flatten(1).mean(dim=1)

@@ -1,37 +1,45 @@
-"""Personalising a base: a concept's pictures in, factors and token rows out."""
+"""Personalising a base: a concept's pictures in, factors, token rows or weights out."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
 from lora_pipeline.data.dataset import Example
 from lora_pipeline.injection import inject, tokens
-from lora_pipeline.pretrained.encoding import encode_prompts, tokenize
-from lora_pipeline.training.batches import EncodedExample, Sampler, encode_examples
-from lora_pipeline.training.checks import check_task, located
+from lora_pipeline.injection.initial import INITS
+from lora_pipeline.injection.patterns import by_target, check_patterns
+from lora_pipeline.pretrained.encoding import tokenize
+from lora_pipeline.pretrained.engine import checkpointed, compiled
+from lora_pipeline.training.cache import TensorCache
+from lora_pipeline.training.checks import check_task, located, repeats_of
 from lora_pipeline.training.draws import generator_for
-from lora_pipeline.training.loop import LossAt, Report, StepLoss, Stretch, train
-from lora_pipeline.training.objective import denoising_loss, schedule_of
-from lora_pipeline.training.optimisation import guard_norms
-from lora_pipeline.training.phases import INVERSION, TUNING, Phase, phases_of
+from lora_pipeline.training.encodings import Encoder, anchors_of
+from lora_pipeline.training.loop import Report, StepLoss, train
+from lora_pipeline.training.losses import BRANCH
+from lora_pipeline.training.phases import FACTORS, INVERSION, TOKEN, TUNING, WEIGHTS, phases_of
+from lora_pipeline.training.placement import moved, placed
+from lora_pipeline.training.processes import together
+from lora_pipeline.training.room import check_room
+from lora_pipeline.training.stretches import Bench, Pools, stretch_of
+from lora_pipeline.training.validation import Validation, set_aside
+from lora_pipeline.training.whole import learnt_weights, own_copies
 
 if TYPE_CHECKING:
     from lora_pipeline.params import TrainParams
     from lora_pipeline.pretrained.components import Components
 
-BRANCH = "tuned"
-_ROWS = "rows"
-Condition = Callable[[Sequence[str]], Tensor]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Task:
         name: The concept's, for errors.
         token: Its placeholder token, or None.
         examples: Its pictures.
-        priors: Pictures of its class; may be empty where prior_weight is 0.
+        priors: Pictures of its class; may be empty where prior.weight is 0, or prior.target is prediction.
         params: How to train.
         seed: All draws depend on it.
     """
@@ -60,44 +68,111 @@ class Tuned:
     """What was learnt.
 
     Args:
-        factors: By target name; empty with method `ti`.
-        embeddings: The placeholder's rows (vectors, dim) by token; empty with method `lora`.
+        factors: By target name; empty with methods `ti` and `full`.
+        embeddings: The placeholder's rows (vectors, dim) by token; empty where the token does not learn.
         losses: Of every step.
+        validation: The loss on pictures that were set aside, of the steps it was looked at.
+        weights: The base's own as they are now, by canonical name (see `adapters.weights`); of method `full` alone.
     """
 
     factors: Mapping[str, LoraFactors]
     embeddings: Mapping[str, Tensor]
     losses: Sequence[StepLoss]
+    validation: Sequence[StepLoss] = ()
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def tune(components: Components, task: Task, work: Path, report: Report) -> Tuned:
+def tune(
+    components: Components,
+    task: Task,
+    work: Path,
+    report: Report,
+    say: Say = lambda _: None,
+    cache: Path | None = None,
+    look: Callable[[int, Components], None] | None = None,
+) -> Tuned:
     """Trains; a call that was killed goes on where its last checkpoint is and ends in the same bytes.
 
     Args:
-        components: The base. It comes back as it was, apart from its UNet's memory layout.
+        components: The base. It comes back as it was.
         task: What is to be learnt.
         work: Where checkpoints are kept, for this base and task alone; they stay there.
-        report: Told the number of steps done and `loss` and `gradient_norm`, after each.
+        report: Told the number of steps done and `loss` and `gradient_norm`, after each; `validation_loss` sometimes.
+        say: Told what a user should know.
+        cache: A folder of encodings that runs may share; None encodes everything anew, to the same bytes.
+        look: Shown the base with what is learnt so far, every `samples.every` steps.
 
     Raises:
-        ParamsError: A value that cannot be for this base and these pictures; or the loss stopped being finite.
+        ParamsError: A value that cannot be for this base and these pictures; or the loss stopped being finite, or
+            diverges.
         CorruptError: A damaged picture, a caption without the placeholder, a damaged checkpoint.
+        MissingError: The optimiser's package is not installed.
         ResourceError: No space left for a checkpoint.
     """
-    with located(task.name), private(components) as mine:
-        phases = phases_of(task.params)
+    params, engine = task.params, task.params.engine
+    with (
+        located(task.name),
+        together() as crew,
+        placed(components, engine.precision),
+        private(_copied(components, params)) as mine,
+        checkpointed(mine.unet, engine.gradient_checkpointing),
+    ):
+        phases = phases_of(params)
         check_task(task, phases, mine.tokenizer)
-        learning = [phase.name for phase in phases]
-        embedding = _add_token(mine, task) if INVERSION in learning else None
-        if TUNING in learning:
+        learning = frozenset[str]().union(*(phase.learns for phase in phases))
+        embedding = _add_token(mine, task) if TOKEN in learning else None
+        if FACTORS in learning:
             _add_branches(mine, task)
         tokenize(mine, [example.caption for example in (*task.examples, *task.priors)])  # refuses those too long
-        pools = encode_examples(mine.vae, task.examples), encode_examples(mine.vae, task.priors)
-        stretches = [_stretch(mine, task, phase, pools, embedding) for phase in phases]
-        losses = train(stretches, work, task.params.checkpoint_every, report)
+        encodings = TensorCache(cache)
+        pools = _pools(mine, task, encodings, say)
+        validation = Validation(params.validation.every, phases, work)
+        bench = Bench(mine, components, params, task.seed, pools, embedding, encodings, validation, say)
+        stretches = [stretch_of(bench, phase) for phase in phases]
+        check_room(mine, params, stretches, pools.own[0].mean.shape, work if crew.first else None, say)
+        told = _looking(report, look, mine, params.samples.every) if look and crew.first else report
+        with compiled(mine.unet, engine.compile):
+            losses = train(stretches, work, params, validation.watching(told), crew, say)
+        encodings.shrink()
         factors = inject.collect(mine.unet, UNET, BRANCH) | inject.collect(mine.text_encoder, TEXT_ENCODER, BRANCH)
-        rows = {} if embedding is None else {embedding.token: embedding.rows.detach().clone()}
-        return Tuned(factors, rows, losses)
+        factors = {target: moved(each, torch.device("cpu")) for target, each in factors.items()}
+        rows = {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
+        weights = learnt_weights(mine, _text_learns(params)) if WEIGHTS in learning else {}
+        return Tuned(factors, rows, losses, validation.losses(), weights)
+
+
+def _looking(report: Report, look: Callable[[int, Components], None], mine: Components, every: int) -> Report:
+    def told(step: int, values: dict[str, float]) -> None:
+        report(step, values)
+        if every and step % every == 0:
+            with torch.no_grad():
+                look(step, mine)
+
+    return told
+
+
+def _text_learns(params: TrainParams) -> bool:
+    return bool(params.adapter.text_encoder_targets)
+
+
+def _copied(components: Components, params: TrainParams) -> Components:
+    if params.method != "full":
+        return components
+    return own_copies(components, params.engine.precision, _text_learns(params))
+
+
+def _pools(mine: Components, task: Task, encodings: TensorCache, say: Say) -> Pools:
+    """Pictures by their use; where there are no class pictures the base is asked about the concept's own."""
+    params, pictures, looks = task.params, task.params.pictures, task.params.validation
+    repeated = list(zip(task.examples, repeats_of(task.examples, pictures.repeats), strict=True))
+    own, aside = set_aside(repeated, looks.pictures if looks.every else 0, task.seed)
+    encoder = Encoder(mine.vae, encodings, say, params.objective.mask_background)
+    learnt = encoder.examples([example for example, _ in own], pictures.flip)
+    learnt = [replace(each, repeats=times) for each, (_, times) in zip(learnt, own, strict=True)]
+    of_class = Encoder(mine.vae, encodings, say).examples(task.priors)
+    if not of_class and task.token is not None and params.prior.target == "prediction":
+        of_class = anchors_of(learnt, task.token)
+    return Pools(learnt, of_class, Encoder(mine.vae, encodings, say).examples([example for example, _ in aside]))
 
 
 @contextmanager
@@ -115,86 +190,35 @@ def private(components: Components) -> Iterator[Components]:
 
 def _add_token(mine: Components, task: Task) -> tokens.PlaceholderEmbedding:
     assert task.token is not None
-    rows = tokens.initial_rows(mine.tokenizer, mine.text_encoder, task.params.initializer, task.params.vectors)
+    rows = tokens.initial_rows(
+        mine.tokenizer,
+        mine.text_encoder,
+        task.params.token.initializer,
+        task.params.token.vectors,
+        generator_for(task.seed, INVERSION, 0, "token rows"),
+    )
     return tokens.add_placeholder(mine.tokenizer, mine.text_encoder, task.token, rows)
 
 
 def _add_branches(mine: Components, task: Task) -> None:
-    params = task.params
-    chosen = ((mine.unet, UNET, params.unet_targets), (mine.text_encoder, TEXT_ENCODER, params.text_encoder_targets))
-    for model, prefix, globs in chosen:
+    params = task.params.adapter
+    models = {UNET: mine.unet, TEXT_ENCODER: mine.text_encoder}
+    globs = {UNET: params.unet_targets, TEXT_ENCODER: params.text_encoder_targets}
+    targets = {prefix: inject.select_targets(model, prefix, globs[prefix]) for prefix, model in models.items()}
+    check_patterns("adapter.ranks", params.ranks, targets)
+    check_patterns("adapter.alphas", params.alphas, targets)
+    for prefix, model in models.items():
+        ranks = by_target(prefix, targets[prefix], params.rank, params.ranks)
+        alphas = by_target(prefix, targets[prefix], params.alpha, params.alphas)
+        if params.rank_stabilised:  # alpha / sqrt(rank) as alpha · sqrt(rank) / rank, which every reader knows
+            alphas = {target: alpha * math.sqrt(ranks[target]) for target, alpha in alphas.items()}
         inject.inject_new(
             model,
             prefix,
-            inject.select_targets(model, prefix, globs),
+            targets[prefix],
             BRANCH,
-            rank=params.rank,
-            alpha=params.alpha,
+            rank=ranks,
+            alpha=alphas,
             generator=generator_for(task.seed, TUNING, 0, f"{prefix} factors"),
+            init=INITS[params.init],
         )
-
-
-def _stretch(
-    mine: Components,
-    task: Task,
-    phase: Phase,
-    pools: tuple[Sequence[EncodedExample], Sequence[EncodedExample]],
-    embedding: tokens.PlaceholderEmbedding | None,
-) -> Stretch:
-    inverting = phase.name == INVERSION
-    parameters: dict[str, nn.Parameter] = {}
-    if not inverting:
-        parameters = inject.trainable(mine.unet) | inject.trainable(mine.text_encoder)
-    elif embedding is not None:
-        parameters = {_ROWS: embedding.rows}
-        largest = float(embedding.weight.norm(dim=1).max())
-
-    def enter() -> LossAt:
-        for model in (mine.unet, mine.text_encoder):
-            inject.set_weights(model, {BRANCH: 0.0 if inverting else 1.0})
-        captions = ["", *(example.caption for pool in pools for example in pool)]
-        condition = live(mine) if phase.text_learns else cached(mine, captions)
-        schedule = schedule_of(mine.scheduler)
-        return loss_of(mine, Sampler(phase, pools, task.params.batch_size, schedule.timesteps, task.seed), condition)
-
-    def after_step() -> None:
-        if inverting and embedding is not None:
-            guard_norms(embedding.rows, largest)
-
-    return Stretch(phase, parameters, enter, after_step)
-
-
-def live(mine: Components) -> Condition:
-    """A text encoder that learns is asked anew in every step, once for each caption of the batch."""
-
-    def condition(captions: Sequence[str]) -> Tensor:
-        distinct = sorted(set(captions))
-        return encode_prompts(mine, distinct)[[distinct.index(caption) for caption in captions]]
-
-    return condition
-
-
-@torch.no_grad()
-def cached(mine: Components, captions: Sequence[str]) -> Condition:
-    """A text encoder that does not learn is asked once for each caption."""
-    distinct = sorted(set(captions))
-    known = torch.cat([encode_prompts(mine, distinct[start : start + 32]) for start in range(0, len(distinct), 32)])
-    places = {caption: place for place, caption in enumerate(distinct)}
-    return lambda some: known[[places[caption] for caption in some]]
-
-
-def loss_of(mine: Components, sampler: Sampler, condition: Condition) -> LossAt:
-    """The loss of a step: instances and priors go through the UNet together."""
-    schedule = schedule_of(mine.scheduler)
-
-    def predict(noisy: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        return cast(Tensor, mine.unet(noisy, timesteps, conditioning, return_dict=False)[0])
-
-    def loss_at(step: int) -> Tensor:
-        batch = sampler.batch(step)
-        return denoising_loss(
-            predict, schedule, batch.latents, condition(batch.captions), batch.noise, batch.timesteps, batch.weights
-        ).sum()
-
-    return loss_at

@@ -12,7 +12,8 @@ import pytest
 import typer
 import yaml
 
-from lora_pipeline.params import load_params
+from lora_pipeline.params.defaults import with_defaults
+from lora_pipeline.yaml_file import read_yaml
 from stages.app import VERBS
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,8 @@ def test_no_hyper_parameter_stands_in_a_command_line(verb: str) -> None:
 @pytest.mark.parametrize("verb", STAGES)
 def test_tracked_params_exist(verb: str) -> None:
     """DVC takes a misspelt key of `params` for one that is not set yet."""
-    params = load_params(ROOT / "params.yaml").model_dump()
+    content = read_yaml(ROOT / "params.yaml")
+    params = with_defaults(content) | {"defaults": content["defaults"]}
     section = STAGES[verb]["foreach"].strip("${}")
     for name in params[section]:
         for path in STAGES[verb]["do"]["params"]:

@@ -14,6 +14,7 @@ import yaml
 
 from lora_pipeline.errors import PipelineError, UsageError
 from lora_pipeline.params import Params
+from lora_pipeline.params.defaults import with_defaults
 from stages import app
 from stages.check import folders
 
@@ -86,7 +87,7 @@ def test_an_error_is_two_lines_and_its_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["base", "concepts.zorp.images", "renders.schedule.evaluate.judge"])
 def test_check_names_the_folder_that_is_not_there(key: str, tmp_path: Path) -> None:
     document = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
-    for name in folders(Params.model_validate(document)).values():
+    for name in folders(Params.model_validate(with_defaults(document))).values():
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(document), "utf-8")
     assert lora_pipe("check", folder=tmp_path).returncode == 0
@@ -107,7 +108,7 @@ def test_check_names_the_folder_that_is_not_there(key: str, tmp_path: Path) -> N
 )
 def test_check_knows_blocks(weights: Any, said: str | None, tmp_path: Path) -> None:
     document = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
-    for name in folders(Params.model_validate(document)).values():
+    for name in folders(Params.model_validate(with_defaults(document))).values():
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     document["blends"]["zorp-sticker"]["block_weights"] = {"zorp": weights}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(document), "utf-8")

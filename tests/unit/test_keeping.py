@@ -89,6 +89,26 @@ def test_work_survives_a_failure_and_goes_with_success(tmp_path: Path, source: P
     assert not again.work.exists()
 
 
+def test_lasting_work_stays_for_what_it_lasts_for_until_other_work_is_done(tmp_path: Path, source: Path) -> None:
+    section = {"steps": 3, "rank": 4}
+
+    def made() -> tuple[Path, list[str]]:
+        with kept("t@a", [tmp_path / "out"], [source], section.copy, tmp_path, lambda: section["rank"]) as keep:
+            found = sorted(path.name for path in keep.work.iterdir())
+            (keep.work / f"checkpoint{section['steps']}").touch()
+            keep.building[0].write_text("made")
+        return keep.work, found
+
+    first, nothing = made()
+    section["steps"] = 5
+    longer, found = made()
+    assert (longer, nothing, found) == (first, [], ["checkpoint3", "finished"])
+    section["rank"] = 8
+    other, nothing = made()
+    assert nothing == []
+    assert [path.name for path in first.parent.iterdir()] == [other.name]
+
+
 def test_work_is_never_that_of_other_inputs(tmp_path: Path, source: Path) -> None:
     out, section, works = tmp_path / "out", {"rank": 4}, []
     for rank in (4, 8):

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from lora_pipeline.adapters.ranks import rank_rule
 from lora_pipeline.errors import MissingError, ParamsError
 from lora_pipeline.params import Params, load_params
+from lora_pipeline.params.defaults import with_defaults
 from lora_pipeline.yaml_file import LARGEST_BYTES, read_yaml
 
 SHIPPED = (Path(__file__).parents[2] / "params.yaml").read_text(encoding="utf-8")
@@ -67,25 +68,25 @@ def test_params_cannot_be_changed(write: Write) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "key", "said"),
     [
-        ("rank: 8   ", "rank: 0   ", "concepts.zorp.train.rank", "1, found 0"),
-        ("rank: 8   ", "rank: 8.5   ", "concepts.zorp.train.rank", "integer, found 8.5"),
-        ("batch_size: 4", "batch_size: true", "concepts.zorp.train.batch_size", "found True"),
-        ("method: pti", "method: dreambooth", "concepts.zorp.train.method", "found 'dreambooth'"),
-        ("crop: center", "crop: no", "concepts.zorp.preprocess.crop", "found 'no'"),
-        ("alpha: 8.0", "alpha: .nan", "concepts.zorp.train.alpha", "finite"),
-        ("alpha: 8.0", "alpha: 1e999", "concepts.zorp.train.alpha", "finite"),
-        ("caption_dropout: 0.0", "caption_dropout: 1.0", "concepts.zorp.train.caption_dropout", "less than 1"),
+        ("rank: 8\n", "rank: 0\n", "defaults.train.adapter.rank", "1, found 0"),
+        ("rank: 8\n", "rank: 8.5\n", "defaults.train.adapter.rank", "integer, found 8.5"),
+        ("batch_size: 4", "batch_size: true", "defaults.train.batch_size", "found True"),
+        ("method: lora\n", "method: lycoris\n", "concepts.sticker.train.method", "found 'lycoris'"),
+        ("crop: center", "crop: no", "defaults.preprocess.crop", "found 'no'"),
+        ("alpha: 8.0", "alpha: .nan", "defaults.train.adapter.alpha", "finite"),
+        ("alpha: 8.0", "alpha: 1e999", "defaults.train.adapter.alpha", "finite"),
+        ("dropout: 0.0          # share", "dropout: 1.0  # share", "defaults.train.captions.dropout", "less than 1"),
         ("[0.2, 0.0], [0.5, 1.1]", "[0.5, 0.0], [0.2, 1.1]", "renders.schedule.weights.sticker", "rising"),
-        ("rank: null  ", "rank: 0  ", "concepts.zorp.extract.rank", "1, found 0"),
-        ("rank: null  ", "rank: {energy: 1.5}  ", "concepts.zorp.extract.rank", "above 0 and below 1"),
-        ("rank: null  ", "rank: {energy: 0.0}  ", "concepts.zorp.extract.rank", "above 0 and below 1"),
-        ("rank: null  ", "rank: {energy: 0.9, error: 0.1}  ", "concepts.zorp.extract.rank", "one of energy, error"),
-        ("rank: null  ", "rank: {max_rank: 4}  ", "concepts.zorp.extract.rank", "one of energy, error"),
-        ("rank: null  ", "rank: {error: 0.1, max_rank: 4.5}  ", "concepts.zorp.extract.rank", "a whole number"),
-        ("rank: null  ", "rank: {error: 0.1, max_rank: 0}  ", "concepts.zorp.extract.rank", "a whole number"),
-        ("rank: null  ", "rank: {threshold: 0}  ", "concepts.zorp.extract.rank", "threshold is above 0"),
-        ("rank: null  ", "rank: four  ", "concepts.zorp.extract.rank", "found 'four'"),
-        ("rank: null  ", "rank: {enrgy: 0.9}  ", "concepts.zorp.extract.rank", "one of energy, error"),
+        ("rank: null  ", "rank: 0  ", "defaults.extract.rank", "1, found 0"),
+        ("rank: null  ", "rank: {energy: 1.5}  ", "defaults.extract.rank", "above 0 and below 1"),
+        ("rank: null  ", "rank: {energy: 0.0}  ", "defaults.extract.rank", "above 0 and below 1"),
+        ("rank: null  ", "rank: {energy: 0.9, error: 0.1}  ", "defaults.extract.rank", "one of energy, error"),
+        ("rank: null  ", "rank: {max_rank: 4}  ", "defaults.extract.rank", "one of energy, error"),
+        ("rank: null  ", "rank: {error: 0.1, max_rank: 4.5}  ", "defaults.extract.rank", "a whole number"),
+        ("rank: null  ", "rank: {error: 0.1, max_rank: 0}  ", "defaults.extract.rank", "a whole number"),
+        ("rank: null  ", "rank: {threshold: 0}  ", "defaults.extract.rank", "threshold is above 0"),
+        ("rank: null  ", "rank: four  ", "defaults.extract.rank", "found 'four'"),
+        ("rank: null  ", "rank: {enrgy: 0.9}  ", "defaults.extract.rank", "one of energy, error"),
         ("base: models/base", "base: ../base", "base", "inside the project"),
         ("zorp-sticker:\n    weights", "v1.5:\n    weights", "blends.v1.5", "a name is letters"),
         ("method: sum ", "method: mean ", "blends.zorp-sticker.method", "found 'mean'"),
@@ -104,7 +105,7 @@ def test_a_value_that_cannot_be_is_told_by_its_key(write: Write, old: str, new: 
 @pytest.mark.parametrize(
     ("old", "new", "meant"),
     [
-        ("rank: 8   ", "ranks: 8   ", "'rank'"),
+        ("rank: 8\n", "rnak: 8\n", "'rank'"),
         ("blends:", "blend:", "'blends'"),
         ("captions: files", "caption: files", "'captions'"),
     ],
@@ -123,9 +124,9 @@ def test_an_unknown_concept_names_the_nearest_known_one(write: Write) -> None:
     ("old", "new", "key"),
     [
         ('placeholder_token: "<zorp>"', "placeholder_token: null", "concepts.zorp.placeholder_token"),
-        ("inversion_steps: 100", "inversion_steps: 0", "concepts.zorp.train.inversion_steps"),
-        ("tuning_steps: 250", "tuning_steps: 0", "concepts.zorp.train.tuning_steps"),
-        ("count: 48     ", "count: 0     ", "concepts.zorp.train.prior_weight"),
+        ("steps: 100", "steps: 0", "concepts.zorp.train.inversion.steps"),
+        ("steps: 250", "steps: 0", "concepts.zorp.train.tuning.steps"),
+        ("count: 48     ", "count: 0     ", "concepts.zorp.train.prior.weight"),
     ],
 )
 def test_a_method_needs_what_it_learns(write: Write, old: str, new: str, key: str) -> None:
@@ -198,15 +199,15 @@ def keys_of(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     if not isinstance(value, dict):
         return []
     below = [inner for key, item in value.items() for inner in keys_of(item, (*path, key))]
-    named = len(path) == 1 or path[-1:] == ("weights",)
+    named = (len(path) == 1 and path[0] != "defaults") or path[-1:] in (("weights",), ("options",))
     return below + ([] if named else [(*path, key) for key in value])
 
 
-def test_no_key_has_a_default(write: Write) -> None:
+def test_no_key_has_a_default_outside_the_file(write: Write) -> None:
     """A value that DVC cannot see is a value it cannot rerun for."""
-    whole = read_yaml(write(SHIPPED))
+    whole = with_defaults(read_yaml(write(SHIPPED)))
     keys = keys_of(whole)
-    assert len(keys) > 80
+    assert len(keys) > 200
     for path in keys:
         content: Any = copy.deepcopy(whole)
         section = content
@@ -215,6 +216,35 @@ def test_no_key_has_a_default(write: Write) -> None:
         del section[path[-1]]
         with pytest.raises(ValidationError, match="Field required"):
             Params.model_validate(content)
+
+
+def test_a_concept_goes_before_the_defaults(write: Write) -> None:
+    own = 'train:\n      adapter: {rank: 3, ranks: {a: 5}}\n      samples: {prompt: "a <zorp>'
+    text = edited('train:\n      samples: {prompt: "a <zorp>', own).replace("ranks: {}  ", "ranks: {a: 4, b: 6}  ", 1)
+    concepts = load_params(write(text)).concepts
+    assert concepts["zorp"].train.adapter.rank == 3
+    assert concepts["zorp"].train.adapter.ranks == {"a": 5, "b": 6}
+    assert concepts["zorp"].train.adapter.alpha == 8.0
+    assert concepts["sticker"].train.adapter.rank == 8
+    assert concepts["sticker"].train.adapter.ranks == {"a": 4, "b": 6}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("train:\n      method: lora", "train:\n      adapter: {rank: 0}", "concepts.sticker.train.adapter.rank"),
+        ("train:\n      method: lora", "train:\n      adapter: 8", "concepts.sticker.train.adapter"),
+        ("train:\n      method: lora", "train:\n      adapter: {rnak: 8}", "concepts.sticker.train.adapter.rnak"),
+        ("defaults:  ", "defaults: 8 #", "defaults"),
+        ("  extract:\n    rank: null", "  extrct:\n    rank: null", "defaults"),
+        ("    extract: {}", "", "concepts.zorp.extract"),
+    ],
+)
+def test_a_fault_is_told_where_it_stands(write: Write, old: str, new: str, where: str) -> None:
+    text = edited(old, new)
+    if new.endswith("#"):
+        text = re.sub(r"(?m)^defaults: 8 #.*\n(  .*\n)+", "defaults: 8\n", text)
+    assert refusal(write(text)).where.startswith(f"params.yaml: {where}")
 
 
 @pytest.mark.parametrize("choice", ["null", "4", "{energy: 0.95}", "{error: 0.1, max_rank: 16}", "{threshold: 2}"])
@@ -226,8 +256,8 @@ def test_an_adapters_rank_is_a_number_or_a_rule(write: Write, choice: str) -> No
 
 @pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "1.0E-4", "0.0001", "1e-04", "+.0001"])
 def test_a_learning_rate_is_a_number_however_it_is_written(write: Write, written: str) -> None:
-    params = load_params(write(edited("tuning_learning_rate: 4.0e-3", f"tuning_learning_rate: {written}")))
-    assert params.concepts["zorp"].train.tuning_learning_rate == 0.0001
+    params = load_params(write(edited("learning_rate: 4.0e-3", f"learning_rate: {written}")))
+    assert params.concepts["zorp"].train.tuning.learning_rate == 0.0001
 
 
 @pytest.mark.parametrize("word", ["no", "on", "off", "yes", "y", "1:30", "1_000", "2020-01-01", "="])

@@ -357,6 +357,21 @@ def test_conversions_that_cannot_be_are_refused(
     assert Path("pictures/a.png").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("out", ["notes", "sd1"])
+def test_a_merge_replaces_neither_its_base_nor_a_file_by_a_folder(
+    tmp_path: Path, make_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = make_folder("sd1")
+    (base / "model_index.json").write_text("{}")
+    Path("notes").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"is the base|is a file"):
+        merge_command(base, Path(out), files=["a.safetensors"])
+    assert Path("notes").read_bytes() == b"mine"
+    assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
+
+
 def test_a_merge_never_replaces_a_folder_that_is_no_model(
     tmp_path: Path, make_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

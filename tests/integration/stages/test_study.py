@@ -27,14 +27,15 @@ def test_gap_closed_is_nothing_at_the_base_and_all_at_real_drawings() -> None:
 
 
 def test_every_arm_takes_the_same_steps(zorp: ConceptParams) -> None:
-    assert len({(p := arm_params(zorp.train, arm)).inversion_steps + p.tuning_steps for arm in ARMS}) == 1
-    assert [arm_params(zorp.train, arm).prior_weight > 0 for arm in ARMS] == [False, True, True]
-    assert [arm_params(zorp.train, arm).inversion_steps > 0 for arm in ARMS] == [False, False, True]
+    assert len({(p := arm_params(zorp.train, arm)).inversion.steps + p.tuning.steps for arm in ARMS}) == 1
+    assert [arm_params(zorp.train, arm).prior.weight > 0 for arm in ARMS] == [False, True, True]
+    assert [arm_params(zorp.train, arm).inversion.steps > 0 for arm in ARMS] == [False, False, True]
 
 
 def test_arms_with_class_pictures_want_a_weight_for_them(zorp: ConceptParams) -> None:
-    with pytest.raises(ParamsError, match="prior_weight"):
-        arm_params(zorp.train.model_copy(update={"prior_weight": 0.0}), ARMS[1])
+    unweighted = zorp.train.model_copy(update={"prior": zorp.train.prior.model_copy(update={"weight": 0.0})})
+    with pytest.raises(ParamsError, match=r"prior\.weight"):
+        arm_params(unweighted, ARMS[1])
 
 
 def test_another_subject_differs_in_its_name_alone(zorp: ConceptParams) -> None:
@@ -42,7 +43,7 @@ def test_another_subject_differs_in_its_name_alone(zorp: ConceptParams) -> None:
     assert (mimo.placeholder_token, mimo.images) == ("<mimo>", "data/raw/mimo")
     assert section_of(zorp, "zorp") == zorp
     assert "zorp" not in mimo.model_dump_json()
-    same = {"method", "tuning_steps", "tuning_learning_rate", "rank", "unet_targets"}
+    same = {"method", "tuning", "adapter"}
     assert mimo.train.model_dump(include=same) == zorp.train.model_dump(include=same)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
+from train_values import train_params
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_pipeline.data.dataset import Example, read_examples, write_metadata
@@ -54,17 +56,18 @@ def examples(folder: Path, caption: str, count: int) -> tuple[Example, ...]:
     return read_examples(folder)
 
 
-def params(**changes: Any) -> Any:
-    values = {
-        "method": "pti", "prior_weight": 1.0, "batch_size": 2, "rank": 2, "alpha": 2.0,
-        "unet_targets": ["*attn*.to_?", "*.conv1"],
-        "text_encoder_targets": [], "inversion_steps": 3, "inversion_learning_rate": 0.02, "tuning_steps": 4,
-        "tuning_learning_rate": 0.01, "initializer": "creature", "vectors": 1, "caption_dropout": 0.0,
-        "checkpoint_every": 2,
-    }  # fmt: skip
-    return SimpleNamespace(**(values | changes))
-
-
-def task(folder: Path, **changes: Any) -> Task:
+def task(folder: Path, changes: Mapping[str, Any] | None = None) -> Task:
     own, of_class = examples(folder / "own", "a <zorp> creature", 3), examples(folder / "class", "a creature", 2)
-    return Task("zorp", "<zorp>", own, of_class, params(**changes), seed=7)
+    return Task("zorp", "<zorp>", own, of_class, train_params(changes or {}), seed=7)
+
+
+def with_masks(task: Task) -> Task:
+    """The same with masks of the pictures' left halves, but for the last picture."""
+    masked = []
+    for example in task.examples[:-1]:
+        mask = Image.new("L", (8, 8))
+        mask.paste(255, (0, 0, 4, 8))
+        path = example.image.with_suffix(".mask.png")
+        mask.save(path)
+        masked.append(replace(example, mask=path))
+    return replace(task, examples=(*masked, task.examples[-1]))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from train_values import train_params
 
 from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.loop import LossAt, Stretch, train
@@ -32,12 +33,15 @@ def run(work: Path, out: Path) -> None:
 
         return loss_at
 
-    first, second = Phase(INVERSION, 4, 0.1, True, 0.0, 0.0), Phase(TUNING, 5, 0.1, False, 0.0, 0.0)
+    first, second = (
+        Phase(INVERSION, 4, 0.1, True, 0.0, 0.0, (0.0, 1.0)),
+        Phase(TUNING, 5, 0.1, False, 0.0, 0.0, (0.0, 1.0)),
+    )
     stretches = [
         Stretch(first, {"rows": rows}, lambda: enter(INVERSION), lambda: guard_norms(rows, 1.5)),
         Stretch(second, {"matrix": matrix}, lambda: enter(TUNING), lambda: None),
     ]
-    losses = train(stretches, work, 2, lambda _, __: None)
+    losses = train(stretches, work, train_params({"checkpoint_every": 2}), lambda _, __: None)
     contents = rows.detach().numpy().tobytes() + matrix.detach().numpy().tobytes() + repr(losses).encode()
     out.write_text(hashlib.sha256(contents).hexdigest())
 

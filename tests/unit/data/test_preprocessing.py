@@ -55,7 +55,7 @@ def test_same_pictures_same_bytes_wherever_they_are(raw: Path, tmp_path: Path, c
     assert run(moved, tmp_path / "b", concept(crop=crop)) == first
     assert sorted(first) == ["000.png", "001.png", "metadata.jsonl"]
     rows = [json.loads(line) for line in first["metadata.jsonl"].splitlines()]
-    assert rows[1] == {"file_name": "001.png", "text": "a <zorp> creature, y"}
+    assert rows[1] == {"file_name": "001.png", "text": "a <zorp> creature, y", "source": "y.png"}
 
 
 def test_random_crops_follow_the_seed_and_differ_by_picture(raw: Path, tmp_path: Path) -> None:

@@ -124,3 +124,47 @@ def test_branches_follow_the_model_and_take_any_name() -> None:
         layer.add_branch(name, LoraBranch(LoraFactors(torch.ones(1, 2), torch.ones(2, 1), 1.0), trainable=True))
     assert layer.to(torch.float64).branches["my.style"].down.dtype == torch.float64
     assert len(list(layer.parameters())) == 2 + 3 * 2
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_small_layer_that_learns_gives_what_two_products_give(
+    shape: tuple[int, ...], bias: bool, generator: torch.Generator
+) -> None:
+    base = frozen(nn.Linear(7, 5, bias=bias), generator)
+    layer = LoraInjectedLinear(base, "unet.x")
+    branch = LoraBranch(random_factors(base.weight, 3, 2.0, generator), trainable=True)
+    layer.add_branch("a", branch)
+    branch.weight = -0.5
+    inputs = torch.randn(shape, generator=generator).requires_grad_()
+    gradient = torch.randn(*shape[:-1], 5, generator=generator)
+    learning = [inputs, branch.down, branch.up]
+    expected = base(inputs) - 0.5 * 2.0 / 3 * (inputs @ branch.down.t() @ branch.up.t())
+    found = layer(inputs)
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(output, learning, gradient) for output in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "learns"),
+    [(8, "float32", True), (8, "bfloat16", True), (300, "float32", True), (8, "float32", False)],
+)
+def test_only_a_small_float32_layer_that_learns_computes_no_product_of_its_inputs(
+    width: int, dtype: str, learns: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = frozen(nn.Linear(width, width), generator).to(getattr(torch, dtype))
+    layer = LoraInjectedLinear(base, "unet.x")
+    layer.add_branch("a", LoraBranch(random_factors(base.weight, 2, 1.0, generator), trainable=learns))
+    products: list[LoraBranch] = []
+    changed = layer.changed
+
+    def noted(output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
+        products.append(branch)
+        return changed(output, inputs, branch)
+
+    monkeypatch.setattr(layer, "changed", noted)
+    layer(torch.randn(3, width, generator=generator).to(base.weight.dtype))
+    small = width == 8 and dtype == "float32" and learns
+    assert bool(products) is not small

@@ -32,3 +32,19 @@ def test_the_curve_falls_where_the_loss_does(tmp_path: Path) -> None:
     assert blue[:, 1].max() < red[:, 1].min()
     draw_losses(LOSSES, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "loss.png").read_bytes()
+
+
+def test_looks_at_pictures_set_aside_are_a_column_and_a_black_line(tmp_path: Path) -> None:
+    looks = [StepLoss(step, "tuning", 0.5) for step in (50, 100)]
+    write_losses(LOSSES, tmp_path / "loss.csv", looks)
+    rows = list(csv.DictReader((tmp_path / "loss.csv").read_text().splitlines()))
+    assert {row["step"]: row["validation_loss"] for row in rows if row["validation_loss"]} == {
+        "50": "0.5",
+        "100": "0.5",
+    }
+    draw_losses(LOSSES, tmp_path / "loss.png", looks)
+    inside = np.asarray(Image.open(tmp_path / "loss.png"))[41:319, 41:599]
+    black = np.argwhere(np.all(inside == 0, axis=-1))
+    assert set(np.unique(black[:, 0])) <= set(range(134, 146))
+    assert black[:, 1].min() < 290
+    assert black[:, 1].max() > 550

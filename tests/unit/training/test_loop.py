@@ -7,15 +7,17 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from train_values import train_params
 
 from lora_pipeline.errors import CorruptError, ParamsError, ResourceError
 from lora_pipeline.training.checkpoints import Position, load_checkpoint, save_checkpoint
 from lora_pipeline.training.loop import LossAt, Stretch, train
-from lora_pipeline.training.optimisation import guard_norms, learning_rate
+from lora_pipeline.training.optimisation import guard_norms
 from lora_pipeline.training.phases import TUNING, Phase
 
 ROOT = Path(__file__).parents[3]
@@ -35,14 +37,20 @@ def line(parameter: nn.Parameter, phase: Phase, scale: float = 1.0) -> Stretch:
     return Stretch(phase, {"x": parameter}, enter, lambda: None)
 
 
+def every(steps: int) -> Any:
+    return train_params({"checkpoint_every": steps})
+
+
 def phase(steps: int, rate: float = 0.1) -> Phase:
-    return Phase(TUNING, steps, rate, False, 0.0, 0.0)
+    return Phase(TUNING, steps, rate, False, 0.0, 0.0, (0.0, 1.0))
 
 
 def test_it_finds_the_minimum_and_reports_every_step(tmp_path: Path) -> None:
     parameter = nn.Parameter(torch.zeros(2))
     seen: dict[int, dict[str, float]] = {}
-    losses = train([line(parameter, phase(300))], tmp_path, 1000, lambda step, values: seen.update({step: values}))
+    losses = train(
+        [line(parameter, phase(300))], tmp_path, every(1000), lambda step, values: seen.update({step: values})
+    )
     torch.testing.assert_close(parameter.detach(), torch.full((2,), 3.0), atol=0.1, rtol=0)
     assert [each.step for each in losses] == list(seen) == list(range(1, 301))
     assert losses[0].loss == pytest.approx(18.0)
@@ -53,19 +61,19 @@ def test_it_finds_the_minimum_and_reports_every_step(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path, value: float) -> None:
     parameter = nn.Parameter(torch.ones(2))
     with pytest.raises(ParamsError, match="at step 1 of the tuning") as caught:
-        train([line(parameter, phase(10), scale=value)], tmp_path, 2, silent)
-    assert caught.value.where == "tuning_learning_rate"
+        train([line(parameter, phase(10), scale=value)], tmp_path, every(2), silent)
+    assert caught.value.where == "tuning.learning_rate"
     torch.testing.assert_close(parameter.detach(), torch.ones(2))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    train([line(nn.Parameter(torch.zeros(2)), phase(4))], tmp_path, 2, silent)
+    train([line(nn.Parameter(torch.zeros(2)), phase(4))], tmp_path, every(2), silent)
     for stretch in (line(nn.Parameter(torch.zeros(3)), phase(4)), line(nn.Parameter(torch.zeros(2)), phase(3))):
         steps = stretch.phase.steps
         if steps == 3:
             save_checkpoint(tmp_path, 9, Position(1, 4), {"parameter.x": torch.zeros(2)})
         with pytest.raises(CorruptError, match="another run"):
-            train([stretch], tmp_path, 2, silent)
+            train([stretch], tmp_path, every(2), silent)
 
 
 @pytest.mark.parametrize("damage", ["LATEST", "position.json", "state.safetensors", "gone"])
@@ -96,12 +104,6 @@ def test_no_space_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     assert loaded[0] == Position(0, 2)
-
-
-def test_the_rate_warms_up_and_stays() -> None:
-    rates = [learning_rate(phase(100, 1.0), step) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert set(rates[5:]) == {1.0}
 
 
 def test_the_guard_shortens_long_rows_and_leaves_short_ones() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from train_values import train_params
 
 from lora_pipeline.errors import CorruptError, ParamsError
-from lora_pipeline.training.draws import batch_indices, generator_for, spread_timesteps
-from lora_pipeline.training.objective import NoiseSchedule, denoising_loss, prior_weights, schedule_of
+from lora_pipeline.training.draws import batch_indices, generator_for
+from lora_pipeline.training.noising import NoiseSchedule, noised, schedule_of, target_of
+from lora_pipeline.training.objective import distances
 from lora_pipeline.training.phases import phases_of
+from lora_pipeline.training.weighting import prior_weights
 
 BATCH, STEPS = 6, 10
 
@@ -24,14 +26,11 @@ def schedule(prediction: str) -> NoiseSchedule:
     return schedule_of(SimpleNamespace(config=config, alphas_cumprod=cumulated))
 
 
-def draws() -> dict[str, Tensor]:
+def draws() -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, noise and timesteps."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        "latents": torch.randn(BATCH, 4, 3, 3, generator=generator),
-        "noise": torch.randn(BATCH, 4, 3, 3, generator=generator),
-        "conditioning": torch.randn(BATCH, 2, 5, generator=generator),
-        "timesteps": torch.tensor([0, 2, 4, 6, 8, 9]),
-    }
+    latents, noise = (torch.randn(BATCH, 4, 3, 3, generator=generator) for _ in range(2))
+    return latents, noise, torch.tensor([0, 2, 4, 6, 8, 9])
 
 
 def angles(timesteps: Tensor) -> Tensor:
@@ -40,32 +39,45 @@ def angles(timesteps: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_who_knows_the_answer_loses_nothing(prediction: str) -> None:
-    given = draws()
-    x, noise = given["latents"].double(), given["noise"].double()
-
-    def predict(noisy: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
-        del conditioning
-        angle = angles(timesteps)
-        torch.testing.assert_close(noisy.double(), angle.cos() * x + angle.sin() * noise, atol=1e-6, rtol=0)
-        step = 1e-6
-        ahead, behind = ((angle + d).cos() * x + (angle + d).sin() * noise for d in (step, -step))
-        return {"epsilon": noise, "sample": x, "v_prediction": (ahead - behind) / (2 * step)}[prediction].float()
-
-    losses = denoising_loss(predict, schedule(prediction), **given, weights=torch.ones(BATCH))
-    torch.testing.assert_close(losses, torch.zeros(BATCH), atol=1e-9, rtol=0)
+def test_latents_are_turned_towards_the_noise_and_the_target_is_how(prediction: str) -> None:
+    x, noise, timesteps = draws()
+    angle = angles(timesteps)
+    torch.testing.assert_close(
+        noised(schedule(prediction), x, noise, timesteps).double(), angle.cos() * x + angle.sin() * noise
+    )
+    step = 1e-6
+    ahead, behind = ((angle + d).cos() * x + (angle + d).sin() * noise for d in (step, -step))
+    expected = {"epsilon": noise, "sample": x, "v_prediction": (ahead - behind) / (2 * step)}[prediction]
+    target = target_of(schedule(prediction), x, noise, timesteps)
+    torch.testing.assert_close(target.double(), expected.double(), atol=1e-6, rtol=1e-6)
 
 
 def test_weights_make_the_sum_of_two_means() -> None:
-    given = draws()
-    loss: Callable[[Tensor], Tensor] = lambda weights: denoising_loss(  # noqa: E731
-        lambda noisy, _, __: noisy * 0, schedule("epsilon"), **given, weights=weights
-    )
-    alone = given["noise"].square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(loss(torch.ones(BATCH)), alone)
-    together = loss(prior_weights(4, 2, 0.3)).sum()
+    _, noise, _ = draws()
+    losses = distances(torch.zeros_like(noise), noise, None, None)
+    alone = noise.square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses, alone)
+    together = (prior_weights(4, 2, 0.3) * losses).sum()
     torch.testing.assert_close(together, alone[:4].mean() + 0.3 * alone[4:].mean())
     assert prior_weights(2, 0, 1.0).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.1, 3.0])
+def test_huber_is_square_below_delta_and_linear_above(delta: float) -> None:
+    def huber(error: float) -> Tensor:
+        return distances(torch.full((1, 1, 1, 1), error).double(), torch.zeros(1, 1, 1, 1).double(), delta, None)[0]
+
+    for error in (1e-2, 0.5, 2.0, 1e4):
+        pseudo = 2 * delta**2 * (math.hypot(1.0, error / delta) - 1.0)
+        assert huber(error).item() == pytest.approx(pseudo, rel=1e-6)
+    assert huber(1e-5 * delta).item() == pytest.approx((1e-5 * delta) ** 2, rel=1e-6)
+    assert huber(1e6 * delta).item() == pytest.approx(2 * delta * 1e6 * delta, rel=1e-5)
+
+
+def test_errors_are_in_the_precision_of_the_target() -> None:
+    _, noise, _ = draws()
+    found = distances(noise.bfloat16(), noise, None, None)
+    torch.testing.assert_close(found, (noise.bfloat16().float() - noise).square().mean(dim=(1, 2, 3)))
 
 
 def test_unknown_predictions_are_refused() -> None:
@@ -82,15 +94,6 @@ def test_every_epoch_shows_each_example_once(count: int, batch: int) -> None:
     assert count < 3 or len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_timesteps_are_uniform_and_spread() -> None:
-    drawn = torch.stack([spread_timesteps(4, 100, generator_for(0, "a", step, "t")) for step in range(2000)])
-    assert drawn.min() == 0
-    assert drawn.max() == 99
-    for column in drawn.T:  # a uniform share of each quarter: 500 ± 4 standard errors
-        assert (torch.bincount(column // 25, minlength=4) - 500).abs().max() < 80
-    assert all(sorted((row // 25).tolist()) == [0, 1, 2, 3] for row in drawn)
-
-
 def test_draws_depend_on_each_of_their_names() -> None:
     names = [(0, "a", 0, "x"), (1, "a", 0, "x"), (0, "b", 0, "x"), (0, "a", 1, "x"), (0, "a", 0, "y")]
     values = {torch.rand(1, generator=generator_for(*each)).item() for each in names}
@@ -99,15 +102,16 @@ def test_draws_depend_on_each_of_their_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "names"), [("ti", ["inversion"]), ("lora", ["tuning"]), ("pti", ["inversion", "tuning"])]
+    ("method", "names"),
+    [("ti", ["inversion"]), ("lora", ["tuning"]), ("dreambooth", ["tuning"]), ("pti", ["inversion", "tuning"])],
 )
-def test_methods_are_their_phases(params: Callable[..., Any], method: str, names: list[str]) -> None:
-    assert [phase.name for phase in phases_of(params(method=method))] == names
+def test_methods_are_their_phases(method: str, names: list[str]) -> None:
+    assert [phase.name for phase in phases_of(train_params({"method": method}))] == names
 
 
-def test_impossible_methods_are_refused(params: Callable[..., Any]) -> None:
-    with pytest.raises(ParamsError, match="'dreambooth' is no method"):
-        phases_of(params(method="dreambooth"))
-    with pytest.raises(ParamsError, match="inversion_steps"):
-        phases_of(params(inversion_steps=0))
-    phases_of(params(method="lora", inversion_steps=0))
+def test_impossible_methods_are_refused() -> None:
+    with pytest.raises(ParamsError, match="'lycoris' is no method"):
+        phases_of(train_params({"method": "lycoris"}))
+    with pytest.raises(ParamsError, match=r"inversion\.steps"):
+        phases_of(train_params({"inversion.steps": 0}))
+    phases_of(train_params({"method": "lora", "inversion.steps": 0}))
