@@ -28,7 +28,7 @@ TO_K = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 COMMANDS = {
     "convert": ("convert", "bad.safetensors", "out", "--to", "native"),
     "compose": ("compose", "good.safetensors", "bad.safetensors=0.5", "--out", "out"),
-    "merge": ("merge", "bad.safetensors", "--base", "base", "--out", "out"),
+    "merge": ("merge", "bad.safetensors", "--base", "base", "--out", "merged"),
 }
 
 
@@ -98,6 +98,8 @@ def _folder(command_line: CommandLine) -> None:  # noqa: ARG001 - it changes int
     write_tensors(Path("base/text_encoder/model.safetensors"), {}, {})
     Path("base/text_encoder/config.json").write_text("{}")
     Path("out").write_bytes(b"old")
+    Path("merged").mkdir()
+    Path("merged/model_index.json").write_bytes(b"old")
 
 
 def assert_refused(code: int, expected: int, told: str, where: str, said: str, fix: str) -> None:
@@ -107,7 +109,7 @@ def assert_refused(code: int, expected: int, told: str, where: str, said: str, f
     assert match[1].startswith(where)
     assert said in match[1]
     assert fix in match[2]
-    assert Path("out").read_bytes() == b"old"
+    assert Path("out").read_bytes() == Path("merged/model_index.json").read_bytes() == b"old"
     assert not Path("canary").exists()
     assert not [path for path in Path().iterdir() if "partial" in path.name or "building" in path.name]
 
@@ -215,7 +217,7 @@ def test_a_folder_and_a_missing_file_are_told_apart(
     assert_refused(command_line(*COMMANDS[command]), 5, capsys.readouterr().err, "bad.safetensors", "is a folder", "")
 
 
-@pytest.mark.parametrize("command", [("compose", "--out", "out"), ("merge", "--base", "base", "--out", "out")])
+@pytest.mark.parametrize("command", [("compose", "--out", "out"), ("merge", "--base", "base", "--out", "merged")])
 def test_no_adapter_at_all_is_a_usage_error(
     command: tuple[str, ...], command_line: CommandLine, capsys: pytest.CaptureFixture[str]
 ) -> None:
