@@ -11,19 +11,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.adapters.fingerprint import base_fingerprint
-from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
 from lora_pipeline.data.dataset import Example, read_examples, write_metadata
 from lora_pipeline.data.images import open_picture
 from lora_pipeline.data.preprocessing import preprocess
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.evaluation.measures import diversity, drift, likeness
 from lora_pipeline.evaluation.scorer import Scorer
-from lora_pipeline.injection.inject import inject_adapter
-from lora_pipeline.injection.tokens import add_placeholder
 from lora_pipeline.keeping import content_key
 from lora_pipeline.params import ConceptParams, PriorsParams, TrainParams
+from lora_pipeline.pretrained.adapted import add_adapter
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.rendering.sampling import pictures_at_once, sample
 from lora_pipeline.toyworld.captions import place_words
@@ -207,11 +204,7 @@ def scored(laboratory: Laboratory, task: Task, section: ConceptParams, tuned: Tu
     classes = prompts_for(f"a {section.class_noun}", count)
     seeds = picture_seeds(task.seed, len(prompts))
     with private(laboratory.components) as mine:
-        adapter = Adapter(tuned.factors, tuned.embeddings, {})
-        for token, rows in adapter.embeddings.items():
-            add_placeholder(mine.tokenizer, mine.text_encoder, token, rows)
-        inject_adapter(mine.unet, UNET, adapter, task.name)
-        inject_adapter(mine.text_encoder, TEXT_ENCODER, adapter, task.name)
+        add_adapter(mine, tuned.adapter({}), task.name)
         shown = paint(mine, prompts, seeds, section.priors)
         leaked = paint(mine, classes, seeds, section.priors)
     reference = scorer.identity(reference_of(task.examples))

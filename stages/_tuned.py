@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_pipeline.adapters.adapter import Adapter, Json
+    from lora_pipeline.adapters.adapter import Json
     from lora_pipeline.params import ConceptParams
     from lora_pipeline.pretrained.components import Components
     from lora_pipeline.training.tuning import Tuned
@@ -27,8 +27,8 @@ def write_tuned(
         The base with what was learnt, to draw with.
     """
     from lora_pipeline.adapters import save_adapter
-    from lora_pipeline.adapters.adapter import Adapter
     from lora_pipeline.adapters.checkpoints.tuned import write_tuned as write_model
+    from lora_pipeline.pretrained.adapted import add_adapter
     from lora_pipeline.pretrained.components import load_components
     from lora_pipeline.training.curve import draw_losses, write_losses
 
@@ -38,22 +38,10 @@ def write_tuned(
         write_model(base, tuned.weights, folder / "model")
         (folder / "provenance.json").write_text(json.dumps(provenance, sort_keys=True) + "\n", "utf-8")
         return load_components(folder / "model")
-    adapter = Adapter(tuned.factors, tuned.embeddings, provenance)
+    adapter = tuned.adapter(provenance)
     save_adapter(adapter, folder / "tuned.safetensors")
-    attach(components, adapter)
+    add_adapter(components, adapter, "tuned")
     return components
-
-
-def attach(components: Components, adapter: Adapter) -> None:
-    """Puts what was learnt beside a base's layers."""
-    from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
-    from lora_pipeline.injection.inject import inject_adapter
-    from lora_pipeline.injection.tokens import add_placeholder
-
-    for token, rows in adapter.embeddings.items():
-        add_placeholder(components.tokenizer, components.text_encoder, token, rows)
-    inject_adapter(components.unet, UNET, adapter, "tuned")
-    inject_adapter(components.text_encoder, TEXT_ENCODER, adapter, "tuned")
 
 
 def sample_path(work: Path, step: int) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,24 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lora_pipeline.adapters.targets import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from lora_pipeline.errors import CorruptError, MissingError
+from lora_pipeline.pretrained.inpainting import channels_given
 from lora_pipeline.pretrained.threads import settle_threads
 
-PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+_ONE_ENCODER = {
+    "tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel,
+}  # fmt: skip
+_TWO_ENCODERS = {**_ONE_ENCODER, "tokenizer_2": CLIPTokenizer, "text_encoder_2": CLIPTextModelWithProjection}
+# What a base is made of beside its scheduler, by the name of its pipeline in diffusers.
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "StableDiffusionPipeline": _ONE_ENCODER,
+    "StableDiffusionInpaintPipeline": _ONE_ENCODER,
+    "StableDiffusionXLPipeline": _TWO_ENCODERS,
+    "StableDiffusionXLInpaintPipeline": _TWO_ENCODERS,
+}
 # Schedulers that sample from any step list and add noise by the training's betas.
 SCHEDULERS = (
     "DDIMScheduler",
@@ -30,13 +44,42 @@ SCHEDULERS = (
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a Stable Diffusion base."""
+    """The parts of a Stable Diffusion base.
+
+    Args:
+        tokenizer, text_encoder: The only ones, or SDXL's first.
+        vae: Pictures to latents and back.
+        unet: What denoises; see `denoising.Denoiser`.
+        scheduler: Of diffusers.
+        tokenizer_2, text_encoder_2: SDXL's second.
+        empty_is_zero: Whether the base was trained to read zeros where there is no prompt, not the empty prompt.
+    """
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     scheduler: Any
+    tokenizer_2: CLIPTokenizer | None = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    empty_is_zero: bool = False
+
+    @property
+    def readers(self) -> dict[str, tuple[Any, Any]]:
+        """Tokenizer and text encoder, by the prefix of the encoder's targets."""
+        first: dict[str, tuple[Any, Any]] = {TEXT_ENCODER: (self.tokenizer, self.text_encoder)}
+        if self.text_encoder_2 is None:
+            return first
+        return {**first, TEXT_ENCODER_2: (self.tokenizer_2, self.text_encoder_2)}
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """What can be adapted, by the prefix of its targets."""
+        return {UNET: self.unet, **{prefix: encoder for prefix, (_, encoder) in self.readers.items()}}
+
+    def with_own_tokenizers(self) -> Components:
+        """The same with tokenizers that may be given tokens."""
+        return replace(self, tokenizer=copy.deepcopy(self.tokenizer), tokenizer_2=copy.deepcopy(self.tokenizer_2))
 
 
 def load_components(base: Path) -> Components:
@@ -47,25 +90,22 @@ def load_components(base: Path) -> Components:
         CorruptError: A part cannot be read, is of a kind that is not supported, or holds NaN or infinity.
     """
     index = read_index(base)
-    kind = index.get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise CorruptError(
-            str(base), f"is a {kind}, not a StableDiffusionPipeline", "use a Stable Diffusion 1.x or 2.x"
-        )
+    kind = str(index.get("_class_name"))
+    if kind not in KINDS:
+        fix = "use a Stable Diffusion 1.x, 2.x or XL, or the inpainting form of one"
+        raise CorruptError(str(base), f"is a {kind}, not one of {', '.join(KINDS)}", fix)
     transformers.utils.logging.disable_progress_bar()  # ours says what takes long
-    for part in PARTS:
+    for part in (*KINDS[kind], "scheduler"):
         if not (base / part).is_dir():
             raise MissingError(str(base / part), "the base lacks this part", "download or copy the whole base again")
-    unet = _frozen(base / "unet", UNet2DConditionModel)
-    settle_threads(unet)
-    return Components(
-        tokenizer=_loaded(base / "tokenizer", CLIPTokenizer),
-        text_encoder=_frozen(base / "text_encoder", CLIPTextModel),
-        vae=_frozen(base / "vae", AutoencoderKL),
-        # Convolutions are 10-20 % faster with the channels innermost.
-        unet=unet.to(memory_format=torch.channels_last),
-        scheduler=_scheduler(base, index),
-    )
+    parts = {name: _part(base / name, of) for name, of in KINDS[kind].items()}
+    settle_threads(parts["unet"])
+    # Convolutions are 10-20 % faster with the channels innermost.
+    parts["unet"].to(memory_format=torch.channels_last)
+    empty_is_zero = index.get("force_zeros_for_empty_prompt", False) is True
+    components = Components(**parts, scheduler=_scheduler(base, index), empty_is_zero=empty_is_zero)
+    channels_given(components.unet, components.vae)
+    return components
 
 
 def read_index(base: Path) -> dict[str, Any]:
@@ -85,6 +125,10 @@ def read_index(base: Path) -> dict[str, Any]:
     if not isinstance(index, dict):
         raise CorruptError(str(path), "is not a JSON object", "copy the base again")
     return index
+
+
+def _part(folder: Path, kind: Any) -> Any:
+    return _frozen(folder, kind) if issubclass(kind, nn.Module) else _loaded(folder, kind)
 
 
 def _loaded(folder: Path, kind: Any, **options: Any) -> Any:

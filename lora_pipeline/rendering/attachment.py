@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_pipeline.adapters.adapter import Adapter
-from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
 from lora_pipeline.errors import ParamsError
-from lora_pipeline.injection.inject import inject_adapter
-from lora_pipeline.injection.tokens import add_placeholder
 from lora_pipeline.params import suggestion
+from lora_pipeline.pretrained.adapted import add_adapter
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.rendering.schedule import ScheduledWeights, WeightSchedule
 
@@ -48,12 +46,8 @@ def attach(components: Components, attachments: Sequence[Attachment]) -> Schedul
         if names.count(name) > 1:
             raise ParamsError(name, "names two adapters", "give each adapter its own name")
     for each in attachments:
-        for token, rows in each.adapter.embeddings.items():
-            add_placeholder(components.tokenizer, components.text_encoder, token, rows)
-        inject_adapter(components.unet, UNET, each.adapter, each.name)
-        inject_adapter(components.text_encoder, TEXT_ENCODER, each.adapter, each.name)
-    models = (components.unet, components.text_encoder)
-    return ScheduledWeights(models, {each.name: each.schedule for each in attachments})
+        add_adapter(components, each.adapter, each.name)
+    return ScheduledWeights(tuple(components.models.values()), {each.name: each.schedule for each in attachments})
 
 
 def check_placeholders(tokenizer: Any, adapters: Sequence[Adapter], prompts: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from lora_pipeline.data.images import open_picture
 from lora_pipeline.errors import CorruptError, MissingError
 from lora_pipeline.keeping import content_key
 from lora_pipeline.params import PriorsParams
-from lora_pipeline.pretrained import encoding
+from lora_pipeline.pretrained import denoising, encoding, latents
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.rendering import sampling
 
@@ -34,7 +34,7 @@ def cache_folder(root: Path, base: Path, params: PriorsParams, seed: int) -> Pat
         "seed": seed,
         "versions": {name: version(name) for name in _LIBRARIES},
     }
-    code = [Path(str(module.__file__)) for module in (encoding, sampling)]
+    code = [Path(str(module.__file__)) for module in (denoising, encoding, latents, sampling)]
     return root / content_key(section, [base, *code])[:32]
 
 

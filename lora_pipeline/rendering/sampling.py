@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,9 @@ from torch import Generator, Tensor
 
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.pretrained.components import Components
-from lora_pipeline.pretrained.encoding import decode_latents, encode_prompts
+from lora_pipeline.pretrained.denoising import Conditioning, Denoiser, joined
+from lora_pipeline.pretrained.encoding import encode_prompts
+from lora_pipeline.pretrained.latents import decode_latents, pixels_a_cell
 from lora_pipeline.pretrained.threads import is_small
 
 WeightsAt = Callable[[float], None]
@@ -101,14 +102,13 @@ def pictures_at_once(components: Components) -> int:
 
 def initial_latents(components: Components, seeds: Sequence[int]) -> Tensor:
     """Unit Gaussian noise (n, channels, height, width), each picture's from its own seed."""
-    config = components.unet.config
-    shape = (config.in_channels, *_latent_size(components))
+    shape = (components.vae.config.latent_channels, *_latent_size(components))
     return torch.stack([torch.randn(shape, generator=picture_generator(seed, "latents")) for seed in seeds])
 
 
 def _draw(
     components: Components,
-    states: Mapping[str, Tensor],
+    states: Mapping[str, Conditioning],
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: _Settings,
@@ -118,34 +118,34 @@ def _draw(
     options = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = [picture_generator(seed, "steps") for seed in seeds]
-    wanted = torch.cat([states[prompt] for prompt in prompts])
-    unwanted = states[settings.negative_prompt].expand_as(wanted)
+    denoise = Denoiser(components)
+    wanted = joined([states[prompt] for prompt in prompts])
+    unwanted = states[settings.negative_prompt][[0] * len(prompts)]
     latents = initial_latents(components, seeds) * scheduler.init_noise_sigma
     last = max(1, len(scheduler.timesteps) - 1)  # some schedulers take a step more than asked
     for index, timestep in enumerate(scheduler.timesteps):
         settings.weights_at(index / last)
-        model_input = scheduler.scale_model_input(latents, timestep).to(wanted)  # the UNet may be on a GPU, or halved
+        model_input = scheduler.scale_model_input(latents, timestep)
         if settings.guidance_scale > 1:
-            away, towards = _two_predictions(components.unet, model_input, timestep, unwanted, wanted)
+            away, towards = _two_predictions(denoise, model_input, timestep, unwanted, wanted)
             prediction = away + settings.guidance_scale * (towards - away)
         else:
-            prediction = components.unet(model_input, timestep, wanted).sample
+            prediction = denoise(model_input, timestep, wanted)
         latents = scheduler.step(prediction.to(latents), timestep, latents, **options).prev_sample
-    return _to_bytes(decode_latents(components.vae, latents.to(components.vae.device)).cpu())
+    return _to_bytes(decode_latents(components.vae, latents).cpu())
 
 
 def _two_predictions(
-    unet: Any, latents: Tensor, timestep: Tensor, unwanted: Tensor, wanted: Tensor
+    denoise: Denoiser, latents: Tensor, timestep: Tensor, unwanted: Conditioning, wanted: Conditioning
 ) -> tuple[Tensor, Tensor]:
     """The UNet's predictions under two conditions: together, or by a small UNet on two threads."""
-    if not is_small(unet):
-        away, towards = unet(torch.cat([latents] * 2), timestep, torch.cat([unwanted, wanted])).sample.chunk(2)
+    if not is_small(denoise.unet):
+        away, towards = denoise(torch.cat([latents] * 2), timestep, joined([unwanted, wanted])).chunk(2)
         return away, towards
 
     @torch.inference_mode()  # a thread has a mode of its own
-    def predict(states: Tensor) -> Tensor:
-        prediction: Tensor = unet(latents, timestep, states).sample
-        return prediction
+    def predict(conditioning: Conditioning) -> Tensor:
+        return denoise(latents, timestep, conditioning)
 
     away, towards = _PAIR.map(predict, (unwanted, wanted))
     return away, towards
@@ -165,7 +165,7 @@ def _latent_size(components: Components) -> tuple[int, int]:
 
 def _size(components: Components) -> tuple[int, int]:
     height, width = _latent_size(components)
-    scale = 2 ** (len(components.vae.config.block_out_channels) - 1)
+    scale = pixels_a_cell(components.vae)
     return height * scale, width * scale
 
 

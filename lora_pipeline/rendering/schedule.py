@@ -41,7 +41,7 @@ class ScheduledWeights:
     """Keeps the weights of injected adapters at what their schedules say; to be called with the progress.
 
     Args:
-        models: The UNet and the text encoder.
+        models: The UNet and the text encoders.
         schedules: By the name an adapter was injected under.
     """
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_pipeline.data.captions import shuffled
 from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.encodings import EncodedExample
+from lora_pipeline.training.holes import drawn_holes
 from lora_pipeline.training.objective import Objective
 from lora_pipeline.training.order import Order
 from lora_pipeline.training.phases import Phase
@@ -30,6 +31,8 @@ class Batch:
         weights: (batch,), see `prior_weights`, times those of the noise levels.
         pixel_weights: (batch, 1, height, width), or None for 1 everywhere.
         instances: How many come before the priors.
+        pictures: (batch, 3, height, width) in [-1, 1], for bases that inpaint; None for others.
+        holes: (batch, 1, height, width) of their pixels, 1 where the base is given nothing of them; None likewise.
     """
 
     captions: list[str]
@@ -40,6 +43,8 @@ class Batch:
     weights: Tensor
     pixel_weights: Tensor | None
     instances: int
+    pictures: Tensor | None = None
+    holes: Tensor | None = None
 
 
 class Sampler:
@@ -101,6 +106,7 @@ class Sampler:
                 weights[part],
                 _pixel_weights(examples[part]),
                 min(self.batch_size, len(examples[part])) if part.start is None else 0,
+                *self._with_holes(step, purpose, examples[part]),
             )
             for purpose, part in parts.items()
         ]
@@ -116,6 +122,17 @@ class Sampler:
         noise, shown = self.objective.noise.drawn(mean.shape, draw)
         latents = mean + deviation * self._normal(step, f"{purpose}latents", mean.shape)
         return latents, noise, shown
+
+    def _with_holes(
+        self, step: int, purpose: str, examples: Sequence[EncodedExample]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Pictures and where they have holes, for bases that inpaint."""
+        found = [example.picture for example in examples]
+        pictures = [picture for picture in found if picture is not None]
+        if len(pictures) < len(found):
+            return None, None
+        size = pictures[0].shape[-2:]
+        return torch.stack(pictures), drawn_holes(len(found), size, self._generator(step, f"{purpose}holes"))
 
     def _visited(self, step: int, purpose: str) -> list[EncodedExample]:
         pool = self.pools[purpose]

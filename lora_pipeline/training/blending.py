@@ -98,7 +98,8 @@ class _Study:
         for moment in (each for scene in self.fit.scenes(self.weights) for each in self.moments(scene)):
             moments.append(moment)
             self.report(len(moments), None)
-        set_weights(self.components.text_encoder, self.text_weights)
+        for _, encoder in self.components.readers.values():
+            set_weights(encoder, self.text_weights)
         group, columns = _group(self.fit.granularity), self.fit.granularity == "column"
         unet = self.components.unet
         gates = column_gates(unet, self.weights) if columns else group_gates(unet, self.weights, group)

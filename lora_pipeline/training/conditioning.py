@@ -6,15 +6,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from lora_pipeline.data.captions import orders_of
 from lora_pipeline.pretrained.components import Components
+from lora_pipeline.pretrained.denoising import Conditioning, joined
 from lora_pipeline.pretrained.encoding import encode_prompts, tokenize
 from lora_pipeline.training.cache import TensorCache, fingerprint, key_of
 from lora_pipeline.training.phases import Phase
 
-Condition = Callable[[Sequence[str]], Tensor]
+Condition = Callable[[Sequence[str]], Conditioning]
 _CAPTIONS_AT_ONCE = 32
 _KEPT = 1024
 
@@ -45,7 +45,7 @@ def condition_of(
 def live(mine: Components) -> Condition:
     """A text encoder that learns is asked anew in every step, once for each caption of the batch."""
 
-    def condition(captions: Sequence[str]) -> Tensor:
+    def condition(captions: Sequence[str]) -> Conditioning:
         distinct = sorted(set(captions))
         return encode_prompts(mine, distinct)[[distinct.index(caption) for caption in captions]]
 
@@ -56,16 +56,18 @@ def live(mine: Components) -> Condition:
 def cached(mine: Components, captions: Sequence[str], cache: TensorCache) -> Condition:
     """A text encoder that does not learn is asked once for each caption, over all runs that share the cache."""
     distinct = sorted(set(captions))
-    mark = "" if cache.folder is None else fingerprint(mine.text_encoder)
+    readers = mine.readers.values()
+    marks = [] if cache.folder is None else [fingerprint(encoder) for _, encoder in readers]
 
-    def encoded(some: Sequence[str]) -> Tensor:
+    def encoded(some: Sequence[str]) -> Conditioning:
         tensors, _ = cache.get(
-            lambda: key_of("captions", mark, tokenize(mine, some)), lambda: {"states": encode_prompts(mine, some)}
+            lambda: key_of("captions", *marks, *(tokenize(tokenizer, some) for tokenizer, _ in readers)),
+            lambda: encode_prompts(mine, some).tensors(),
         )
-        return tensors["states"]
+        return Conditioning(**tensors)
 
     starts = range(0, len(distinct), _CAPTIONS_AT_ONCE)
-    known = torch.cat([encoded(distinct[start : start + _CAPTIONS_AT_ONCE]) for start in starts]).to(
+    known = joined([encoded(distinct[start : start + _CAPTIONS_AT_ONCE]) for start in starts]).to(
         mine.text_encoder.device
     )
     places = {caption: place for place, caption in enumerate(distinct)}
@@ -79,18 +81,18 @@ def kept(mine: Components, most: int) -> Condition:
         mine: The base; its text encoder must not learn.
         most: How many outputs, those of one batch aside.
     """
-    known: OrderedDict[str, Tensor] = OrderedDict()
+    known: OrderedDict[str, Conditioning] = OrderedDict()
 
     @torch.no_grad()
-    def condition(captions: Sequence[str]) -> Tensor:
-        states = []
+    def condition(captions: Sequence[str]) -> Conditioning:
+        said = []
         for caption in captions:
             if caption not in known:
-                known[caption] = encode_prompts(mine, [caption])[0]
+                known[caption] = encode_prompts(mine, [caption])
             known.move_to_end(caption)
-            states.append(known[caption])
+            said.append(known[caption])
         while len(known) > most:
             known.popitem(last=False)
-        return torch.stack(states)
+        return joined(said)
 
     return condition

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_pipeline.injection.inject import injected_layers, set_weights
 from lora_pipeline.injection.layers import InjectedLayer
 from lora_pipeline.pretrained.components import Components
+from lora_pipeline.pretrained.denoising import Denoiser
 from lora_pipeline.pretrained.encoding import encode_prompts
 from lora_pipeline.training.draws import batch_indices
 from lora_pipeline.training.trajectories import Moment
@@ -97,6 +98,7 @@ def distil(  # noqa: PLR0913 - everything that decides the gates
     pools = {name: [moment for moment in moments if moment.scene == name] for name in names}
     with torch.no_grad():
         states = {prompts: encode_prompts(components, prompts) for prompts in {tuple(m.prompts) for m in moments}}
+    denoise = Denoiser(components)
     optimiser = torch.optim.Adam(gates.values(), lr=learning_rate)
     losses = []
     with gated(components.unet, gates, group):
@@ -106,7 +108,7 @@ def distil(  # noqa: PLR0913 - everything that decides the gates
             for name in names:
                 [index] = batch_indices(len(pools[name]), 1, step, seed, "blend", name)
                 moment = pools[name][index]
-                student = components.unet(moment.latents, moment.timestep, states[tuple(moment.prompts)]).sample
+                student = denoise(moment.latents, moment.timestep, states[tuple(moment.prompts)])
                 loss = F.mse_loss(student, moment.prediction)
                 loss.backward()
                 total += float(loss.detach())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_pipeline.data.dataset import Example, load_pixels, size_of
 from lora_pipeline.data.masks import load_masks
-from lora_pipeline.pretrained.encoding import encode_images
+from lora_pipeline.pretrained.latents import encode_images
 from lora_pipeline.training.cache import TensorCache, fingerprint, key_of
 from lora_pipeline.training.masking import pixel_weights
 
@@ -32,6 +32,7 @@ class EncodedExample:
         pixel_weights: (1, height, width), or None for 1 everywhere; see `masking.pixel_weights`.
         repeats: How often it comes where others come once.
         mirrored: The same seen in a mirror, for half of the visits; None where it is never mirrored.
+        picture: (3, height, width) in [-1, 1], for bases that inpaint, which are given parts of it; None for others.
     """
 
     caption: str
@@ -40,6 +41,7 @@ class EncodedExample:
     pixel_weights: Tensor | None = None
     repeats: int = 1
     mirrored: EncodedExample | None = None
+    picture: Tensor | None = None
 
 
 class Encoder:
@@ -50,12 +52,19 @@ class Encoder:
         cache: What was encoded before.
         say: Told how far it is when it takes long.
         background: What lies outside masks weighs, in [0, 1]; None pays no heed to masks.
+        keep: Whether examples hold their pictures too.
     """
 
     def __init__(
-        self, vae: Any, cache: TensorCache, say: Callable[[str], None], background: float | None = None
+        self,
+        vae: Any,
+        cache: TensorCache,
+        say: Callable[[str], None],
+        background: float | None = None,
+        keep: bool = False,
     ) -> None:
         self.vae = vae
+        self.keep = keep
         self.background = background
         self.cache = cache
         self.fingerprint = "" if cache.folder is None else fingerprint(vae)
@@ -83,10 +92,15 @@ class Encoder:
         known, start, patience = 0, time.monotonic(), _PATIENCE
         for chunk in _chunks(examples):
             some = [examples[index] for index in chunk]
-            tensors, was_known = self._encoded(load_pixels(some, mirrored))
+            pixels = load_pixels(some, mirrored)
+            tensors, was_known = self._encoded(pixels)
             weights = self._weights(some, tensors["mean"].shape, mirrored)
-            for index, mean, deviation, own in zip(chunk, tensors["mean"], tensors["deviation"], weights, strict=True):
-                found[index] = EncodedExample(examples[index].caption, mean.clone(), deviation.clone(), own)
+            pictures = pixels if self.keep else [None] * len(some)
+            each = zip(chunk, tensors["mean"], tensors["deviation"], weights, pictures, strict=True)
+            for index, mean, deviation, own, picture in each:
+                found[index] = EncodedExample(
+                    examples[index].caption, mean.clone(), deviation.clone(), own, picture=picture
+                )
             known += len(chunk) if was_known else 0
             if time.monotonic() - start > patience:
                 patience *= 2
@@ -104,7 +118,7 @@ class Encoder:
         @torch.no_grad()
         def compute() -> dict[str, Tensor]:
             mean, deviation = encode_images(self.vae, pixels)
-            return {"mean": mean, "deviation": deviation}
+            return {"mean": mean.cpu(), "deviation": deviation.cpu()}
 
         return self.cache.get(lambda: key_of("pictures", self.fingerprint, pixels), compute)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from lora_pipeline.injection import inject
+from lora_pipeline.pretrained.adapted import set_weights
 from lora_pipeline.pretrained.components import Components
+from lora_pipeline.pretrained.denoising import Denoiser
+from lora_pipeline.pretrained.inpainting import masked
 from lora_pipeline.training.batches import Batch, Sampler
 from lora_pipeline.training.conditioning import Condition
 from lora_pipeline.training.learner import LossAt
@@ -18,39 +19,26 @@ from lora_pipeline.training.objective import Objective, distances
 from lora_pipeline.training.placement import moved
 
 BRANCH = "tuned"
-Anchor = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
+Anchor = Callable[[Tensor, Tensor, Sequence[str], Tensor | None], Tensor]
 LossIn = Callable[[Batch], Tensor]
 
 
-def predictor(mine: Components) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The UNet as a function of noisy latents, timesteps and conditioning."""
-
-    def predict(noisy: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
-        noisy = noisy.to(conditioning.dtype).contiguous(memory_format=torch.channels_last)
-        return cast(Tensor, mine.unet(noisy, timesteps, conditioning, return_dict=False)[0])
-
-    return predict
-
-
 def base_prediction(base: Components, condition: Condition) -> Anchor:
-    """What the base itself says of noisy latents, timesteps and captions, with what is learnt switched off.
+    """What the base itself says of noisy latents, timesteps, captions and what is given of pictures with holes.
 
     Args:
-        base: With what is learnt beside its layers, or untouched.
+        base: With what is learnt beside its layers, which is switched off meanwhile, or untouched.
         condition: Captions to what its UNet reads.
     """
-    predict = predictor(base)
+    denoise = Denoiser(base)
 
     @torch.no_grad()
-    def anchor(noisy: Tensor, timesteps: Tensor, captions: Sequence[str]) -> Tensor:
-        models = (base.unet, base.text_encoder)
+    def anchor(noisy: Tensor, timesteps: Tensor, captions: Sequence[str], given: Tensor | None) -> Tensor:
         try:
-            for model in models:
-                inject.set_weights(model, {BRANCH: 0.0})
-            return predict(noisy, timesteps, condition(captions))
+            set_weights(base, {BRANCH: 0.0})
+            return denoise(noisy, timesteps, condition(captions), given)
         finally:
-            for model in models:
-                inject.set_weights(model, {BRANCH: 1.0})
+            set_weights(base, {BRANCH: 1.0})
 
     return anchor
 
@@ -64,20 +52,28 @@ def batch_loss(mine: Components, objective: Objective, condition: Condition, anc
         condition: Captions to what the UNet reads.
         anchor: Gives the priors' targets; None where they are those of their pictures.
     """
-    schedule, predict = objective.schedule, predictor(mine)
+    schedule, denoise = objective.schedule, Denoiser(mine)
 
     def loss_in(given: Batch) -> Tensor:
         batch = moved(given, mine.unet.device)
         noisy = noised(schedule, batch.latents, batch.shown, batch.timesteps)
         target = target_of(schedule, batch.latents, batch.noise, batch.timesteps)
-        own = batch.instances
+        own, rest = batch.instances, _given(mine, batch)
         if anchor is not None and own < len(batch.captions):
-            said = anchor(noisy[own:], batch.timesteps[own:], batch.captions[own:])
+            rest_of = None if rest is None else rest[own:]
+            said = anchor(noisy[own:], batch.timesteps[own:], batch.captions[own:], rest_of)
             target = torch.cat([target[:own], said.to(target)])
-        prediction = predict(noisy, batch.timesteps, condition(batch.captions))
+        prediction = denoise(noisy, batch.timesteps, condition(batch.captions), rest)
         return (batch.weights * distances(prediction, target, objective.huber_delta, batch.pixel_weights)).sum()
 
     return loss_in
+
+
+def _given(mine: Components, batch: Batch) -> Tensor | None:
+    """What an inpainting base is given of the pictures; None of other bases."""
+    if batch.pictures is None or batch.holes is None:
+        return None
+    return masked(mine.vae, batch.pictures, batch.holes)
 
 
 def loss_of(loss_in: LossIn, sampler: Sampler) -> LossAt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -52,20 +52,18 @@ def learning_bytes(params: TrainParams, count: int) -> int:
     return round(count * _FLOAT * (1.0 + kept))
 
 
-def activation_bytes(unet: Any, latents: tuple[int, ...], conditioning: tuple[int, int], batch: int) -> int:
-    """Bytes that the UNet's forward pass keeps for its backward pass, found without computing anything.
+def activation_bytes(forward: Callable[[int], object], batch: int) -> int:
+    """Bytes that a forward pass keeps for its backward pass, found without computing anything.
 
     Args:
-        unet: With what is injected, in the precision and with the checkpointing it will have.
-        latents: (channels, height, width).
-        conditioning: (tokens, width).
+        forward: Makes so many examples of no content, and passes them through the network.
         batch: Examples.
     """
-    one, two = (_saved(unet, latents, conditioning, count) for count in (1, 2))
+    one, two = (_saved(forward, count) for count in (1, 2))
     return (two - one) * batch  # the difference leaves out weights, which are saved too
 
 
-def _saved(unet: Any, latents: tuple[int, ...], conditioning: tuple[int, int], batch: int) -> int:
+def _saved(forward: Callable[[int], object], batch: int) -> int:
     sizes: dict[int, int] = {}
     alive = []
 
@@ -75,12 +73,8 @@ def _saved(unet: Any, latents: tuple[int, ...], conditioning: tuple[int, int], b
         alive.append(storage)  # its address must not be given to another
         return tensor
 
-    weight = next(unet.parameters())
-    like = {"dtype": weight.dtype, "device": weight.device}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.graph.saved_tensors_hooks(note, lambda each: each):
-        noisy = torch.empty(batch, *latents, **like).contiguous(memory_format=torch.channels_last)
-        timesteps = torch.zeros(batch, dtype=torch.long, device=weight.device)
-        unet(noisy, timesteps, torch.empty(batch, *conditioning, **like))
+        forward(batch)
     return sum(sizes.values())
 
 

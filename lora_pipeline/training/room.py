@@ -6,6 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from lora_pipeline.pretrained.denoising import Denoiser
+from lora_pipeline.pretrained.encoding import encode_prompts
 from lora_pipeline.pretrained.threads import is_small
 from lora_pipeline.training.checkpoints import check_space
 from lora_pipeline.training.learner import Stretch
@@ -39,7 +44,21 @@ def check_room(
     if is_small(mine.unet):
         return
     batch = params.batch_size * (2 if any(stretch.phase.prior_weight > 0 for stretch in stretches) else 1)
-    conditioning = mine.tokenizer.model_max_length, mine.unet.config.cross_attention_dim
-    kept = activation_bytes(mine.unet, latents, conditioning, batch)
-    needs = Needs(weight_bytes([mine.unet, mine.text_encoder, mine.vae]), kept, needed)
+    kept = activation_bytes(_forward(mine, latents), batch)
+    needs = Needs(weight_bytes([*mine.models.values(), mine.vae]), kept, needed)
     check_memory(needs, available_bytes(mine.unet.device), params, say)
+
+
+def _forward(mine: Components, latents: tuple[int, ...]) -> Callable[[int], Tensor]:
+    """So many examples through the UNet."""
+    with torch.no_grad():
+        prompt = encode_prompts(mine, [""])
+    denoise, (channels, height, width) = Denoiser(mine), latents
+
+    def forward(batch: int) -> Tensor:
+        noisy, masked = (torch.empty(batch, count, height, width) for count in (channels, 1 + channels))
+        where = mine.unet.device
+        timesteps = torch.zeros(batch, dtype=torch.long, device=where)
+        return denoise(noisy.to(where), timesteps, prompt[[0] * batch], masked.to(where))
+
+    return forward

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lora_pipeline.adapters.targets import TEXT_ENCODER
 from lora_pipeline.injection import inject, tokens
+from lora_pipeline.pretrained.adapted import set_weights
 from lora_pipeline.training.batches import Sampler
 from lora_pipeline.training.conditioning import Condition, condition_of, live
 from lora_pipeline.training.encodings import EncodedExample
@@ -58,7 +60,7 @@ class Bench:
         params: How to train.
         seed: All draws depend on it.
         pools: Pictures.
-        embedding: The placeholder's rows, where the token learns.
+        embeddings: The placeholder's rows by text encoder; none where the token does not learn.
         encodings: The text encoder's outputs of before.
         validation: Looks at pictures that are not learnt from.
         say: Told what a user should know.
@@ -69,7 +71,7 @@ class Bench:
     params: TrainParams
     seed: int
     pools: Pools
-    embedding: tokens.PlaceholderEmbedding | None
+    embeddings: Mapping[str, tokens.PlaceholderEmbedding]
     encodings: TensorCache
     validation: Validation
     say: Callable[[str], None]
@@ -94,8 +96,7 @@ def stretch_of(bench: Bench, phase: Phase) -> Stretch:
         everything[name].requires_grad_(False)
 
     def enter() -> LossAt:
-        for model in (mine.unet, mine.text_encoder):
-            inject.set_weights(model, {BRANCH: float(FACTORS in phase.learns)})
+        set_weights(mine, {BRANCH: float(FACTORS in phase.learns)})
         condition = bench.condition(phase)
         anchored = phase.prior_weight > 0 and params.prior.target == "prediction"
         anchor = base_prediction(*_untouched(bench, phase, condition)) if anchored else None
@@ -108,8 +109,9 @@ def stretch_of(bench: Bench, phase: Phase) -> Stretch:
         return loss_of(loss_in, Sampler(phase, pools, params.batch_size, objective, bench.seed))
 
     factor = rate_factor(params.optimiser, phase.steps)
-    turn = _turns(params.tuning.token_share, parameters) if params.method == "joint" else None
-    return Stretch(phase, parameters, enter, _guard(bench, phase), factor, rates, frozenset({_ROWS}), turn)
+    rows = frozenset(map(row_name, bench.embeddings))
+    turn = _turns(params.tuning.token_share, parameters, rows) if params.method == "joint" else None
+    return Stretch(phase, parameters, enter, _guard(bench, phase), factor, rates, rows, turn)
 
 
 def _untouched(bench: Bench, phase: Phase, condition: Condition) -> tuple[Components, Condition]:
@@ -120,28 +122,39 @@ def _untouched(bench: Bench, phase: Phase, condition: Condition) -> tuple[Compon
 
 
 def _guard(bench: Bench, phase: Phase) -> Callable[[], None]:
-    embedding = bench.embedding
-    if embedding is None or TOKEN not in phase.learns:
-        return lambda: None
-    largest = float(embedding.weight.norm(dim=1).max())
-    return lambda: guard_norms(embedding.rows, largest)
+    learning = list(bench.embeddings.values()) if TOKEN in phase.learns else []
+    largest = [float(embedding.weight.norm(dim=1).max()) for embedding in learning]
+
+    def guard() -> None:
+        for embedding, most in zip(learning, largest, strict=True):
+            guard_norms(embedding.rows, most)
+
+    return guard
 
 
 def _learners(bench: Bench, phase: Phase) -> dict[str, nn.Parameter]:
-    """What learns in a phase, by name: `<target>.<branch>.<side>`, and the token's rows."""
+    """What learns in a phase, by name: `<target>.<branch>.<side>`, and `row_name`."""
     found: dict[str, nn.Parameter] = {}
     if FACTORS in phase.learns:
-        found = inject.trainable(bench.mine.unet) | inject.trainable(bench.mine.text_encoder)
+        for model in bench.mine.models.values():
+            found |= inject.trainable(model)
     if WEIGHTS in phase.learns:
         found |= whole_models(bench.mine, bool(bench.params.adapter.text_encoder_targets))
-    if TOKEN in phase.learns and bench.embedding is not None:
-        found[_ROWS] = bench.embedding.rows
+    if TOKEN in phase.learns:
+        found |= {row_name(encoder): embedding.rows for encoder, embedding in bench.embeddings.items()}
     return found
 
 
-def _turns(share: float | None, parameters: Mapping[str, nn.Parameter]) -> Callable[[int], Collection[str]] | None:
+def row_name(encoder: str) -> str:
+    """What the token's rows in a text encoder are called: `rows`, and `rows_2` in SDXL's second."""
+    return f"{_ROWS}{encoder.removeprefix(TEXT_ENCODER)}"
+
+
+def _turns(
+    share: float | None, parameters: Mapping[str, nn.Parameter], rows: frozenset[str]
+) -> Callable[[int], Collection[str]] | None:
     """Which parameters learn in a step of method `joint`; None where all do in every step."""
     if share is None:
         return None
-    factors = parameters.keys() - {_ROWS}
-    return lambda step: {_ROWS} if TOKEN in turns(share, step) else factors
+    factors = parameters.keys() - rows
+    return lambda step: rows if TOKEN in turns(share, step) else factors

@@ -9,18 +9,17 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lora_pipeline.adapters import tokens
 from lora_pipeline.adapters.composition import Part
-from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
 from lora_pipeline.injection import inject
-from lora_pipeline.injection.tokens import add_placeholder
-from lora_pipeline.injection.tokens import remove as remove_tokens
+from lora_pipeline.pretrained.adapted import add_branches, add_tokens, strip
 from lora_pipeline.pretrained.components import Components
+from lora_pipeline.pretrained.denoising import Denoiser
 from lora_pipeline.pretrained.encoding import encode_prompts
 from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.fit import TRAJECTORY_STEPS, Scene
@@ -52,19 +51,15 @@ def attached(components: Components, parts: Sequence[Part], rename: bool) -> Ite
     Raises:
         CorruptError, ParamsError: See `inject_adapter`, `tokens.joined` and `add_placeholder`.
     """
-    mine = replace(components, tokenizer=copy.deepcopy(components.tokenizer))
-    rows = tokens.joined([(name, adapter) for name, adapter, _ in parts], rename).embeddings
+    mine = components.with_own_tokenizers()
+    joined = tokens.joined([(name, adapter) for name, adapter, _ in parts], rename)
     try:
-        for token, each in rows.items():
-            add_placeholder(mine.tokenizer, mine.text_encoder, token, each)
+        add_tokens(mine, joined.embeddings, joined.embeddings_2)
         for name, adapter, _ in parts:
-            inject.inject_adapter(mine.unet, UNET, adapter, name)
-            inject.inject_adapter(mine.text_encoder, TEXT_ENCODER, adapter, name)
+            add_branches(mine, adapter, name)
         yield mine
     finally:
-        inject.remove(mine.unet)
-        inject.remove(mine.text_encoder)
-        remove_tokens(mine.text_encoder)
+        strip(mine)
 
 
 @torch.no_grad()
@@ -92,9 +87,9 @@ def trajectory(
     options = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator_for(seed, scene.name, 0, "steps")
-    config = components.unet.config
-    side = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
-    shape = (len(prompts), config.in_channels, side, side)
+    side = components.unet.config.sample_size
+    side = side if isinstance(side, int) else max(side)
+    shape = (len(prompts), components.vae.config.latent_channels, side, side)
     latents = torch.randn(shape, generator=generator_for(seed, scene.name, 0, "latents")) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         given = scheduler.scale_model_input(latents, timestep)
@@ -112,13 +107,14 @@ class Voice:
         concept: str | None, prompts: Sequence[str],
     ) -> None:  # fmt: skip
         self.unet = components.unet
+        self.denoise = Denoiser(components)
         self.weights = {name: weight * (name == concept) for name, weight in weights.items()}
         own = {name: weight * (name == concept) for name, weight in text_weights.items()}
-        inject.set_weights(components.text_encoder, own)
-        self.states = encode_prompts(components, prompts)
+        for _, encoder in components.readers.values():
+            inject.set_weights(encoder, own)
+        self.conditioning = encode_prompts(components, prompts)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """(n, channels, height, width) of the latents' shape."""
         inject.set_weights(self.unet, self.weights)
-        prediction: Tensor = self.unet(latents, timestep, self.states).sample
-        return prediction
+        return self.denoise(latents, timestep, self.conditioning)

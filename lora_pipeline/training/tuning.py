@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,14 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.adapters.lora import LoraFactors
-from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
+from lora_pipeline.adapters.targets import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from lora_pipeline.data.dataset import Example
 from lora_pipeline.injection import inject, tokens
 from lora_pipeline.injection.initial import INITS
 from lora_pipeline.injection.patterns import by_target, check_patterns
+from lora_pipeline.pretrained.adapted import strip
 from lora_pipeline.pretrained.encoding import tokenize
 from lora_pipeline.pretrained.engine import checkpointed, compiled
+from lora_pipeline.pretrained.inpainting import channels_given
 from lora_pipeline.training.cache import TensorCache
 from lora_pipeline.training.checks import check_task, located, repeats_of
 from lora_pipeline.training.draws import generator_for
@@ -36,6 +38,7 @@ from lora_pipeline.training.validation import Validation, set_aside
 from lora_pipeline.training.whole import learnt_weights, own_copies
 
 if TYPE_CHECKING:
+    from lora_pipeline.adapters.adapter import Json
     from lora_pipeline.params import TrainParams
     from lora_pipeline.pretrained.components import Components
 
@@ -73,6 +76,7 @@ class Tuned:
         losses: Of every step.
         validation: The loss on pictures that were set aside, of the steps it was looked at.
         weights: The base's own as they are now, by canonical name (see `adapters.weights`); of method `full` alone.
+        embeddings_2: As `embeddings`, of SDXL's second text encoder.
     """
 
     factors: Mapping[str, LoraFactors]
@@ -80,6 +84,11 @@ class Tuned:
     losses: Sequence[StepLoss]
     validation: Sequence[StepLoss] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings_2: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def adapter(self, provenance: Mapping[str, Json]) -> Adapter:
+        """Factors and rows as an adapter."""
+        return Adapter(self.factors, self.embeddings, provenance, embeddings_2=self.embeddings_2)
 
 
 def tune(
@@ -120,25 +129,34 @@ def tune(
         phases = phases_of(params)
         check_task(task, phases, mine.tokenizer)
         learning = frozenset[str]().union(*(phase.learns for phase in phases))
-        embedding = _add_token(mine, task) if TOKEN in learning else None
+        embeddings = _add_token(mine, task) if TOKEN in learning else {}
         if FACTORS in learning:
             _add_branches(mine, task)
-        tokenize(mine, [example.caption for example in (*task.examples, *task.priors)])  # refuses those too long
+        _check_lengths(mine, task)
         encodings = TensorCache(cache)
         pools = _pools(mine, task, encodings, say)
         validation = Validation(params.validation.every, phases, work)
-        bench = Bench(mine, components, params, task.seed, pools, embedding, encodings, validation, say)
+        bench = Bench(mine, components, params, task.seed, pools, embeddings, encodings, validation, say)
         stretches = [stretch_of(bench, phase) for phase in phases]
         check_room(mine, params, stretches, pools.own[0].mean.shape, work if crew.first else None, say)
         told = _looking(report, look, mine, params.samples.every) if look and crew.first else report
         with compiled(mine.unet, engine.compile):
             losses = train(stretches, work, params, validation.watching(told), crew, say)
         encodings.shrink()
-        factors = inject.collect(mine.unet, UNET, BRANCH) | inject.collect(mine.text_encoder, TEXT_ENCODER, BRANCH)
-        factors = {target: moved(each, torch.device("cpu")) for target, each in factors.items()}
-        rows = {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
         weights = learnt_weights(mine, _text_learns(params)) if WEIGHTS in learning else {}
-        return Tuned(factors, rows, losses, validation.losses(), weights)
+        rows = [_rows(embeddings.get(encoder)) for encoder in (TEXT_ENCODER, TEXT_ENCODER_2)]
+        return Tuned(_factors(mine), rows[0], losses, validation.losses(), weights, rows[1])
+
+
+def _factors(mine: Components) -> dict[str, LoraFactors]:
+    found: dict[str, LoraFactors] = {}
+    for prefix, model in mine.models.items():
+        found |= inject.collect(model, prefix, BRANCH)
+    return {target: moved(each, torch.device("cpu")) for target, each in found.items()}
+
+
+def _rows(embedding: tokens.PlaceholderEmbedding | None) -> dict[str, Tensor]:
+    return {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
 
 
 def _looking(report: Report, look: Callable[[int, Components], None], mine: Components, every: int) -> Report:
@@ -166,48 +184,62 @@ def _pools(mine: Components, task: Task, encodings: TensorCache, say: Say) -> Po
     params, pictures, looks = task.params, task.params.pictures, task.params.validation
     repeated = list(zip(task.examples, repeats_of(task.examples, pictures.repeats), strict=True))
     own, aside = set_aside(repeated, looks.pictures if looks.every else 0, task.seed)
-    encoder = Encoder(mine.vae, encodings, say, params.objective.mask_background)
+    keep = channels_given(mine.unet, mine.vae) > 0
+    encoder = Encoder(mine.vae, encodings, say, params.objective.mask_background, keep)
     learnt = encoder.examples([example for example, _ in own], pictures.flip)
     learnt = [replace(each, repeats=times) for each, (_, times) in zip(learnt, own, strict=True)]
-    of_class = Encoder(mine.vae, encodings, say).examples(task.priors)
+    plain = Encoder(mine.vae, encodings, say, keep=keep)
+    of_class = plain.examples(task.priors)
     if not of_class and task.token is not None and params.prior.target == "prediction":
         of_class = anchors_of(learnt, task.token)
-    return Pools(learnt, of_class, Encoder(mine.vae, encodings, say).examples([example for example, _ in aside]))
+    return Pools(learnt, of_class, plain.examples([example for example, _ in aside]))
 
 
 @contextmanager
 def private(components: Components) -> Iterator[Components]:
-    """Inside, a base with a tokenizer of its own; afterwards nothing is left in the models."""
-    mine = replace(components, tokenizer=copy.deepcopy(components.tokenizer))
+    """Inside, a base with tokenizers of its own; afterwards nothing is left in the models."""
+    mine = components.with_own_tokenizers()
     mine.unet.to(memory_format=torch.channels_last)
     try:
         yield mine
     finally:
-        inject.remove(mine.unet)
-        inject.remove(mine.text_encoder)
-        tokens.remove(mine.text_encoder)
+        strip(mine)
 
 
-def _add_token(mine: Components, task: Task) -> tokens.PlaceholderEmbedding:
+def _check_lengths(mine: Components, task: Task) -> None:
+    """Refuses captions that are too long."""
+    for tokenizer, _ in mine.readers.values():
+        tokenize(tokenizer, [example.caption for example in (*task.examples, *task.priors)])
+
+
+def _add_token(mine: Components, task: Task) -> dict[str, tokens.PlaceholderEmbedding]:
+    """The placeholder's rows by text encoder."""
     assert task.token is not None
-    rows = tokens.initial_rows(
-        mine.tokenizer,
-        mine.text_encoder,
-        task.params.token.initializer,
-        task.params.token.vectors,
-        generator_for(task.seed, INVERSION, 0, "token rows"),
-    )
-    return tokens.add_placeholder(mine.tokenizer, mine.text_encoder, task.token, rows)
+    added = {}
+    for prefix, (tokenizer, encoder) in mine.readers.items():
+        purpose = f"token rows{prefix.removeprefix(TEXT_ENCODER)}"
+        rows = tokens.initial_rows(
+            tokenizer,
+            encoder,
+            task.params.token.initializer,
+            task.params.token.vectors,
+            generator_for(task.seed, INVERSION, 0, purpose),
+        )
+        added[prefix] = tokens.add_placeholder(tokenizer, encoder, task.token, rows)
+    return added
 
 
 def _add_branches(mine: Components, task: Task) -> None:
     params = task.params.adapter
-    models = {UNET: mine.unet, TEXT_ENCODER: mine.text_encoder}
-    globs = {UNET: params.unet_targets, TEXT_ENCODER: params.text_encoder_targets}
-    targets = {prefix: inject.select_targets(model, prefix, globs[prefix]) for prefix, model in models.items()}
+    targets = {
+        prefix: inject.select_targets(
+            model, prefix, params.unet_targets if prefix == UNET else params.text_encoder_targets
+        )
+        for prefix, model in mine.models.items()
+    }
     check_patterns("adapter.ranks", params.ranks, targets)
     check_patterns("adapter.alphas", params.alphas, targets)
-    for prefix, model in models.items():
+    for prefix, model in mine.models.items():
         ranks = by_target(prefix, targets[prefix], params.rank, params.ranks)
         alphas = by_target(prefix, targets[prefix], params.alpha, params.alphas)
         if params.rank_stabilised:  # alpha / sqrt(rank) as alpha · sqrt(rank) / rank, which every reader knows

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lora_pipeline.adapters.storage import written_whole
 from lora_pipeline.errors import CorruptError, ParamsError
 from lora_pipeline.training.batches import Batch
 from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.encodings import EncodedExample
+from lora_pipeline.training.holes import drawn_holes
 from lora_pipeline.training.loop import Report, StepLoss
 from lora_pipeline.training.phases import Phase
 
@@ -50,7 +53,13 @@ def validation_batches(examples: Sequence[EncodedExample], timesteps: int) -> It
         latents = example.mean.expand(LEVELS, *example.mean.shape)
         noise = torch.randn(latents.shape, generator=generator_for(0, "validation", index, "noise"))
         weights = torch.full((LEVELS,), 1.0 / (LEVELS * len(examples)))
-        yield Batch([example.caption] * LEVELS, latents, noise, noise, levels, weights, None, LEVELS)
+        batch = Batch([example.caption] * LEVELS, latents, noise, noise, levels, weights, None, LEVELS)
+        yield batch if example.picture is None else _with_holes(batch, example.picture, index)
+
+
+def _with_holes(batch: Batch, picture: Tensor, index: int) -> Batch:
+    holes = drawn_holes(LEVELS, picture.shape[-2:], generator_for(0, "validation", index, "holes"))
+    return replace(batch, pictures=picture.expand(LEVELS, *picture.shape), holes=holes)
 
 
 class Validation:

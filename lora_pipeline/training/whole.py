@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET, root
+from lora_pipeline.adapters.targets import UNET, root
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.pretrained.components import Components
 
@@ -21,7 +21,7 @@ def own_copies(components: Components, precision: str, text_encoder: bool) -> Co
     Args:
         components: Comes back as it was.
         precision: What learns is float32, and here all of it learns.
-        text_encoder: Whether that learns too.
+        text_encoder: Whether that learns too; of SDXL both.
 
     Raises:
         ParamsError: Another precision.
@@ -29,8 +29,8 @@ def own_copies(components: Components, precision: str, text_encoder: bool) -> Co
     if precision != "float32":
         problem = f"is {precision}, in which method full would lose most of its small steps"
         raise ParamsError("engine.precision", problem, "use float32")
-    mine = replace(components, unet=copy.deepcopy(components.unet))
-    return replace(mine, text_encoder=copy.deepcopy(components.text_encoder)) if text_encoder else mine
+    copied = components.models if text_encoder else {UNET: components.unet}
+    return replace(components, **{name: copy.deepcopy(model) for name, model in copied.items()})
 
 
 def whole_models(mine: Components, text_encoder: bool) -> dict[str, nn.Parameter]:
@@ -47,9 +47,8 @@ def learnt_weights(mine: Components, text_encoder: bool) -> dict[str, Tensor]:
 
 
 def _parameters(mine: Components, text_encoder: bool) -> Iterator[tuple[str, str, nn.Parameter]]:
-    models: list[tuple[str, nn.Module]] = [(UNET, mine.unet)]
-    models += [(TEXT_ENCODER, mine.text_encoder)] if text_encoder else []
-    for prefix, model in models:
+    models = mine.models if text_encoder else {UNET: mine.unet}
+    for prefix, model in models.items():
         for path, parameter in model.named_parameters():
             layer, _, name = path.removeprefix("text_model.").rpartition(".")
             if not layer.endswith("token_embedding"):

@@ -21,9 +21,13 @@ def drawn(components: Components, prompts: list[str] = PROMPTS, seeds: list[int]
     return sample(components, prompts, seeds, **(options | changes))  # type: ignore[arg-type]  # values of many kinds
 
 
+def parts(components: Components) -> dict[str, Any]:
+    return {name: getattr(components, name) for name in ("tokenizer", "text_encoder", "vae", "unet", "scheduler")}
+
+
 def diffusers_draws(components: Components, guidance_scale: float, negative_prompt: str) -> np.ndarray:
     pipeline = StableDiffusionPipeline(
-        **vars(components), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        **parts(components), safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(

@@ -11,7 +11,6 @@ import torch
 from train_values import train_params
 
 from lora_pipeline.adapters import save_adapter
-from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.data.dataset import read_examples
 from lora_pipeline.training.processes import rank
 from lora_pipeline.training.tuning import Task, tune
@@ -26,7 +25,7 @@ def main(folder: Path, changes: str) -> None:
     tuned = tune(tiny.components(own / "tokenizer"), task, folder / "work" if rank() == 0 else own, lambda _, __: None)
     if rank() == 0:
         losses = [each.loss for each in tuned.losses]
-        save_adapter(Adapter(tuned.factors, tuned.embeddings, {"losses": losses}), folder / "together.safetensors")
+        save_adapter(tuned.adapter({"losses": losses}), folder / "together.safetensors")
     (own / "done").touch()
 
 

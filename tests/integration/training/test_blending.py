@@ -74,7 +74,7 @@ def loss(base: Components, parts: list[Part], adapter: Adapter) -> float:
         with attached(base, parts, False) as mine:
             moments = list(trajectory(mine, weights, weights, Scene(name, (name,), ()), PROMPTS[name], 3))
         with attached(base, [("all", adapter, 1.0)], False) as mine, torch.no_grad():
-            states = encode_prompts(mine, PROMPTS[name])
+            states = encode_prompts(mine, PROMPTS[name]).states
             said = [mine.unet(each.latents, each.timestep, states).sample for each in moments]
         pairs = zip(said, moments, strict=True)
         total += sum(float((one - each.prediction).square().mean()) for one, each in pairs) / len(moments)
@@ -176,7 +176,7 @@ def test_several_adapters_together_are_asked_for_what_each_changes_alone(base: C
                 now = {name: weight * (name in chosen) for name, weight in weights.items()}
                 inject.set_weights(mine.unet, now)
                 inject.set_weights(mine.text_encoder, now)
-                said.append(mine.unet(moment.latents, moment.timestep, encode_prompts(mine, [prompt])).sample)
+                said.append(mine.unet(moment.latents, moment.timestep, encode_prompts(mine, [prompt]).states).sample)
             torch.testing.assert_close(moment.prediction, said[1] + said[2] - said[0], rtol=1e-4, atol=1e-5)
 
 

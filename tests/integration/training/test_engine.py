@@ -70,7 +70,9 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(tmp_path: Path) -
     found: list[tuple[int, list[Tensor]]] = []
     for wanted in (False, True):
         with checkpointed(parts.unet, wanted):
-            size = activation_bytes(parts.unet, (4, 4, 4), (24, tiny.WIDTH), 4)
+            size = activation_bytes(
+                lambda n: parts.unet(torch.zeros(n, 4, 4, 4), torch.zeros(n), torch.zeros(n, 24, tiny.WIDTH)), 4
+            )
             generator = torch.Generator().manual_seed(1)
             noisy, words = (torch.randn(shape, generator=generator) for shape in ((2, 4, 4, 4), (2, 24, tiny.WIDTH)))
             prediction = parts.unet(noisy, torch.tensor([3, 500]), words).sample
@@ -209,7 +211,8 @@ def test_the_estimate_is_what_a_forward_pass_really_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda each: each):
         unet(torch.randn(6, 4, 16, 16), torch.zeros(6, dtype=torch.long), torch.randn(6, 8, 16))
     real = sum(size for place, size in sizes.items() if place not in own)
-    assert activation_bytes(unet, (4, 16, 16), (8, 16), 6) == pytest.approx(real, rel=0.05)
+    asked = activation_bytes(lambda n: unet(torch.empty(n, 4, 16, 16), torch.zeros(n), torch.empty(n, 8, 16)), 6)
+    assert asked == pytest.approx(real, rel=0.05)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_two_values_that_help_most() -> None:

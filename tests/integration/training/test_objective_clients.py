@@ -170,7 +170,7 @@ def test_the_loss_of_a_step_is_what_its_batch_says(tmp_path: Path) -> None:
             x, noise, shown, at = (
                 each[i : i + 1] for each in (batch.latents, batch.noise, batch.shown, batch.timesteps)
             )
-            states = encode_prompts(bench.base, [batch.captions[i]])
+            states = encode_prompts(bench.base, [batch.captions[i]]).states
             said = bench.base.unet(scheduler.add_noise(x, shown, at), at, states).sample
             error = said - scheduler.get_velocity(x, noise, at)
             cost = 2 * 0.1**2 * ((1 + (error / 0.1) ** 2).sqrt() - 1)
@@ -189,7 +189,7 @@ def test_nothing_but_the_own_half_is_lost_before_anything_is_learnt(tmp_path: Pa
     batch = bench.batch(0)
     assert batch.captions[2:] == ["a creature"] * 2
     with torch.no_grad():
-        states = encode_prompts(bench.base, batch.captions)
+        states = encode_prompts(bench.base, batch.captions).states
         said = bench.base.unet(
             bench.base.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps), batch.timesteps, states
         ).sample
@@ -207,7 +207,7 @@ def test_the_base_is_asked_with_all_that_is_learnt_switched_off(tmp_path: Path) 
     noisy, at = torch.randn(2, 4, 4, 4, generator=source), torch.tensor([10, 900])
     captions = ["a creature", ""]
     with torch.no_grad():
-        truth: Tensor = base.unet(noisy, at, encode_prompts(base, captions)).sample
+        truth: Tensor = base.unet(noisy, at, encode_prompts(base, captions).states).sample
     for model, prefix, globs in ((base.unet, "unet", ["*attn*.to_?"]), (base.text_encoder, "text_encoder", ["*fc1"])):
         targets = inject.select_targets(model, prefix, globs)
         inject.inject_new(model, prefix, targets, BRANCH, rank=2, alpha=2.0, generator=source)
@@ -215,13 +215,13 @@ def test_the_base_is_asked_with_all_that_is_learnt_switched_off(tmp_path: Path) 
             if name.endswith("up"):
                 torch.nn.init.normal_(parameter, generator=source)
     with torch.no_grad():
-        learnt: Tensor = base.unet(noisy, at, encode_prompts(base, captions)).sample
-    said = base_prediction(base, live(base))(noisy, at, captions)
+        learnt: Tensor = base.unet(noisy, at, encode_prompts(base, captions).states).sample
+    said = base_prediction(base, live(base))(noisy, at, captions, None)
     assert not said.requires_grad
     torch.testing.assert_close(said, truth)
     assert not torch.allclose(learnt, truth, rtol=1e-2)
     with torch.no_grad():  # and is switched on again
-        torch.testing.assert_close(base.unet(noisy, at, encode_prompts(base, captions)).sample, learnt)
+        torch.testing.assert_close(base.unet(noisy, at, encode_prompts(base, captions).states).sample, learnt)
 
 
 def test_priors_need_no_pictures_where_the_base_says_what_is_right(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from lora_pipeline.adapters import save_adapter
-from lora_pipeline.adapters.adapter import Adapter, Json
+from lora_pipeline.adapters.adapter import Json
 from lora_pipeline.training.tuning import Task, tune
 
 TRUTH = "undisturbed"
@@ -51,7 +51,7 @@ def forked(folder: Path, task: Task, name: str, kill_at: int) -> bytes | None:
         losses = [each.loss for each in (*tuned.losses, *tuned.validation)]
         sums = {name: float(weight.double().sum()) for name, weight in tuned.weights.items()}
         provenance: dict[str, Json] = {"losses": [*losses], "sums": {**sums}}
-        save_adapter(Adapter(tuned.factors, tuned.embeddings, provenance), folder / f"{name}.safetensors")
+        save_adapter(tuned.adapter(provenance), folder / f"{name}.safetensors")
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     assert status == (signal.SIGKILL if kill_at else 0)
