@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_pipeline.adapters.adapter import Adapter, check_family, check_understood
 from lora_pipeline.adapters.lora import LoraFactors, fitted
-from lora_pipeline.adapters.targets import root, target_of
+from lora_pipeline.adapters.targets import UNET, root, target_of
 from lora_pipeline.errors import CorruptError, ParamsError
 from lora_pipeline.injection.initial import Init, kaiming
 from lora_pipeline.injection.layers import InjectedLayer, LoraBranch, LoraInjectedConv2d, LoraInjectedLinear
@@ -42,7 +42,8 @@ def select_targets(model: nn.Module, prefix: str, globs: Sequence[str]) -> list[
     for glob in globs:
         if not any(fnmatchcase(target[start:], glob) for target in targets):
             example = targets[len(targets) // 2][start:] if targets else "none"
-            raise ParamsError(f"adapter.{prefix}_targets", f"{glob!r} matches no layer", f"use names like {example!r}")
+            key = "adapter.unet_targets" if prefix == UNET else "adapter.text_encoder_targets"
+            raise ParamsError(key, f"{glob!r} matches no layer", f"use names like {example!r}")
     return [target for target in targets if any(fnmatchcase(target[start:], glob) for glob in globs)]
 
 

@@ -55,7 +55,7 @@ class TuningParams(Section):
 
     steps: Count
     learning_rate: Positive
-    text_encoder_learning_rate: Positive | None
+    text_encoder_learning_rate: Positive | Annotated[list[NotNegative], Field(min_length=2, max_length=2)] | None
     token_learning_rate: Positive | None
     token_share: Share | None
     lora_plus_ratio: Positive

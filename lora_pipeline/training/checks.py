@@ -15,6 +15,7 @@ from lora_pipeline.injection.tokens import WORDLESS
 from lora_pipeline.training.phases import FACTORS, TOKEN, TUNING, Phase
 
 if TYPE_CHECKING:
+    from lora_pipeline.params import TrainParams
     from lora_pipeline.training.tuning import Task
 
 _OF_THE_CONCEPT = ("placeholder_token", "priors", "images")
@@ -70,6 +71,18 @@ def check_learners(task: Task, learns: frozenset[str], tokenizer: Any) -> None:
             fix = "give the concept a placeholder_token such as <zorp>, or use method lora"
             raise ParamsError("placeholder_token", f"is null, and method {params.method} learns it", fix)
         check_initializer(tokenizer, params.token.initializer)
+
+
+def check_encoders(params: TrainParams, encoders: int) -> None:
+    """Refuses learning rates of more text encoders than there are.
+
+    Raises:
+        ParamsError: It is so.
+    """
+    given = params.tuning.text_encoder_learning_rate
+    if isinstance(given, Sequence) and len(given) != encoders:
+        problem = f"has {len(given)} rates, and this base has {encoders} text encoder"
+        raise ParamsError("tuning.text_encoder_learning_rate", problem, "write one number, or null")
 
 
 def check_anchors(task: Task) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from lora_pipeline.adapters.targets import MODELS, UNET, root
+from lora_pipeline.adapters.targets import MODELS, TEXT_ENCODER_2, UNET, root
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.pretrained.schedules import rate_factors
 
@@ -48,10 +48,15 @@ def _rate(name: str, path: str | None, params: TuningParams) -> float:
     if path is None:
         own = params.token_learning_rate
         return 1.0 if own is None else own / params.learning_rate
-    own = None if name.startswith(root(UNET)) else params.text_encoder_learning_rate
+    own = None if name.startswith(root(UNET)) else _of_encoder(name, params.text_encoder_learning_rate)
     side = params.lora_plus_ratio if name.rpartition(".")[2].startswith("up") else 1.0
     factors = [factor for glob, factor in params.learning_rates.items() if fnmatchcase(path, glob)]
     return math.prod(factors) * side * (1.0 if own is None else own / params.learning_rate)
+
+
+def _of_encoder(name: str, given: float | Sequence[float] | None) -> float | None:
+    """A text encoder's own learning rate, of one for all or of one for each."""
+    return given[name.startswith(root(TEXT_ENCODER_2))] if isinstance(given, Sequence) else given
 
 
 def _path(name: str) -> str | None:

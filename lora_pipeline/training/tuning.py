@@ -24,7 +24,7 @@ from lora_pipeline.pretrained.encoding import tokenize
 from lora_pipeline.pretrained.engine import checkpointed, compiled
 from lora_pipeline.pretrained.inpainting import channels_given
 from lora_pipeline.training.cache import TensorCache
-from lora_pipeline.training.checks import check_task, located, repeats_of
+from lora_pipeline.training.checks import check_encoders, check_task, located, repeats_of
 from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.encodings import Encoder, anchors_of
 from lora_pipeline.training.loop import Report, StepLoss, train
@@ -128,6 +128,7 @@ def tune(
     ):
         phases = phases_of(params)
         check_task(task, phases, mine.tokenizer)
+        check_encoders(params, len(mine.readers))
         learning = frozenset[str]().union(*(phase.learns for phase in phases))
         embeddings = _add_token(mine, task) if TOKEN in learning else {}
         if FACTORS in learning:
@@ -185,6 +186,8 @@ def _pools(mine: Components, task: Task, encodings: TensorCache, say: Say) -> Po
     repeated = list(zip(task.examples, repeats_of(task.examples, pictures.repeats), strict=True))
     own, aside = set_aside(repeated, looks.pictures if looks.every else 0, task.seed)
     keep = channels_given(mine.unet, mine.vae) > 0
+    if keep:
+        say("holes are drawn anew in every step, so what the base is given of the pictures is encoded in every step")
     encoder = Encoder(mine.vae, encodings, say, params.objective.mask_background, keep)
     learnt = encoder.examples([example for example, _ in own], pictures.flip)
     learnt = [replace(each, repeats=times) for each, (_, times) in zip(learnt, own, strict=True)]

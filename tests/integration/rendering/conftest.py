@@ -19,7 +19,8 @@ from lora_pipeline.pretrained.components import Components
 @pytest.fixture
 def components(tmp_path: Path) -> Components:
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1)
-    return replace(tiny.components(tmp_path / "tokenizer"), scheduler=scheduler)
+    made: Components = replace(tiny.components(tmp_path / "tokenizer"), scheduler=scheduler)
+    return made
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def base_of(folder: Path, kind: str) -> Components:
     scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1)
-    return replace(tiny.components(folder / "tokenizer", kind=kind), scheduler=scheduler)
+    made: Components = replace(tiny.components(folder / "tokenizer", kind=kind), scheduler=scheduler)
+    return made
 
 
 def pipeline_of(components: Components, kind: str) -> Any:
@@ -166,7 +167,7 @@ def test_a_placeholder_is_not_taken_for_the_end_of_a_prompt(tmp_path: Path) -> N
 def test_an_adapter_of_another_family_is_refused(tmp_path: Path, of: str, on: str, left: str) -> None:
     adapter = adapter_of(base_of(tmp_path / of, of))
     if left != "both":
-        changes = {"embeddings": {}, "embeddings_2": {}} if left == "factors" else {"factors": {}}
+        changes: dict[str, Any] = {"embeddings": {}, "embeddings_2": {}} if left == "factors" else {"factors": {}}
         adapter = replace(adapter, **changes)
     with pytest.raises(PipelineError):
         add_adapter(base_of(tmp_path / on, on), adapter, "other")

@@ -33,6 +33,7 @@ SHOWN = {
 RICH = {"optimiser.name": "prodigy", "optimiser.ema": 0.6, "optimiser.accumulation": 2}
 JOINT = {"method": "joint", "tuning.token_learning_rate": 0.01, "tuning.token_share": 0.4}
 FULL = {"method": "full", "tuning.steps": 4}
+KINDS = {"xl-inpaint": TEXT | {"tuning.token_learning_rate": 0.01}}
 
 
 def forked(folder: Path, task: Task, name: str, kill_at: int) -> bytes | None:
@@ -47,7 +48,8 @@ def forked(folder: Path, task: Task, name: str, kill_at: int) -> bytes | None:
 
         (folder / name).mkdir(exist_ok=True)
         cache = None if name == TRUTH else folder
-        tuned = tune(tiny.components(folder / "tokenizer"), task, folder / name, report, cache=cache)
+        kind = folder.name if folder.name in KINDS else "sd1"
+        tuned = tune(tiny.components(folder / "tokenizer", kind=kind), task, folder / name, report, cache=cache)
         losses = [each.loss for each in (*tuned.losses, *tuned.validation)]
         sums = {name: float(weight.double().sum()) for name, weight in tuned.weights.items()}
         provenance: dict[str, Json] = {"losses": [*losses], "sums": {**sums}}
@@ -70,7 +72,7 @@ def survives(folder: Path, task: Task, series: Sequence[Sequence[int]]) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    names = ("plain", "rich", "random", "shown", "joint", "full")
+    names = ("plain", "rich", "random", "shown", "joint", "full", *KINDS)
     places = {name: folder / name for name in names}
     for place in places.values():
         place.mkdir()
@@ -82,6 +84,8 @@ def main(folder: Path) -> None:
     survives(places["random"], tiny.with_masks(tiny.task(places["random"], TEXT | RANDOM)), ((1,), (3, 4)))
     survives(places["joint"], tiny.task(places["joint"], JOINT), ((1,), (2, 3)))
     survives(places["full"], tiny.task(places["full"], FULL), ((2, 3),))
+    for kind, values in KINDS.items():
+        survives(places[kind], tiny.task(places[kind], values), ((1,), (4, 5)))
     shown = tiny.task(places["shown"], SHOWN)
     for example, side in zip(shown.examples, (8, 16, 8), strict=True):
         tiny.Image.open(example.image).resize((side, 8)).save(example.image)
