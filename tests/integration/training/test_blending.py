@@ -18,10 +18,11 @@ from lora_pipeline.adapters.composition import Part, blend, digest
 from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.ranks import RankRule
 from lora_pipeline.adapters.recipes import Recipe
-from lora_pipeline.adapters.targets import TEXT_ENCODER, UNET
+from lora_pipeline.adapters.targets import UNET
 from lora_pipeline.errors import CorruptError, ParamsError
 from lora_pipeline.injection import inject
 from lora_pipeline.pretrained.components import Components
+from lora_pipeline.pretrained.denoising import Denoiser
 from lora_pipeline.pretrained.encoding import encode_prompts
 from lora_pipeline.training.blending import LearntBlend, learnt_blend
 from lora_pipeline.training.fit import Fit, Scene
@@ -41,14 +42,18 @@ def drawn(base: Components, seed: int, globs: list[str], token: str | None = Non
     """Factors large enough to matter to an untrained base."""
     source = torch.Generator().manual_seed(seed)
     factors = {}
-    for model, prefix, chosen in ((base.unet, UNET, globs), (base.text_encoder, TEXT_ENCODER, ["*q_proj"])):
-        targets = inject.select_targets(model, prefix, chosen)
+    for prefix, model in base.models.items():
+        targets = inject.select_targets(model, prefix, globs if prefix == UNET else ["*q_proj"])
         inject.inject_new(model, prefix, targets, "new", rank=2, alpha=2.0, generator=source)
         for target, each in inject.collect(model, prefix, "new").items():
             up = torch.randn(each.up.shape, generator=source)
             factors[target] = LoraFactors(each.down, up, 2.0)
         inject.remove(model)
-    return Adapter(factors, {token: torch.randn(1, tiny.WIDTH, generator=source)} if token else {})
+    if token is None:
+        return Adapter(factors)
+    widths = [encoder.config.hidden_size for _, encoder in base.readers.values()]
+    rows = [{token: torch.randn(1, width, generator=source)} for width in widths]
+    return Adapter(factors, rows[0], embeddings_2=rows[1] if len(rows) > 1 else {})
 
 
 @pytest.fixture
@@ -74,16 +79,16 @@ def loss(base: Components, parts: list[Part], adapter: Adapter) -> float:
         with attached(base, parts, False) as mine:
             moments = list(trajectory(mine, weights, weights, Scene(name, (name,), ()), PROMPTS[name], 3))
         with attached(base, [("all", adapter, 1.0)], False) as mine, torch.no_grad():
-            states = encode_prompts(mine, PROMPTS[name]).states
-            said = [mine.unet(each.latents, each.timestep, states).sample for each in moments]
+            denoise, prompts = Denoiser(mine), encode_prompts(mine, PROMPTS[name])
+            said = [denoise(each.latents, each.timestep, prompts) for each in moments]
         pairs = zip(said, moments, strict=True)
         total += sum(float((one - each.prediction).square().mean()) for one, each in pairs) / len(moments)
     return total
 
 
 def state(base: Components) -> dict[str, Tensor]:
-    models = {"unet": base.unet, "text": base.text_encoder}
-    return {f"{name}.{key}": value.clone() for name, each in models.items() for key, value in each.state_dict().items()}
+    states = {name: model.state_dict() for name, model in base.models.items()}
+    return {f"{name}.{key}": value.clone() for name, each in states.items() for key, value in each.items()}
 
 
 KINDS = [
@@ -105,6 +110,14 @@ def test_the_blend_is_nearer_to_its_parts_than_their_sum_and_the_base_is_left_al
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert len(base.tokenizer) == size
     assert [step for step, _ in steps] == list(range(1, asked.work() + 1))
+    assert loss(base, parts, found.composition.adapter) < 0.97 * loss(base, parts, blend(parts, Recipe()).adapter)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind != "sd1"])
+def test_blends_are_learnt_on_every_kind_of_base(tmp_path: Path, kind: str) -> None:
+    base = tiny.components(tmp_path / "tokenizer", kind=kind)
+    parts = [("zorp", drawn(base, 1, ["*attn*.to_?"], "<zorp>"), 1.0), ("sticker", drawn(base, 2, ["*attn*"]), 0.8)]
+    found = learn(base, parts, fit("distill", "column", steps=20))
     assert loss(base, parts, found.composition.adapter) < 0.97 * loss(base, parts, blend(parts, Recipe()).adapter)
 
 
