@@ -72,6 +72,19 @@ def check_understood(where: str, adapter: Adapter) -> None:
     if adapter.magnitudes:
         problem = f"is a DoRA ({min(adapter.magnitudes)} has a magnitude), whose change depends on the base"
         raise CorruptError(where, problem, "make a plain adapter of it: lora-pipe convert IN OUT --base BASE")
+    check_known(where, adapter)
+
+
+def check_known(where: str, adapter: Adapter) -> None:
+    """Refuses foreign tensors.
+
+    Args:
+        where: The file to name in the error.
+        adapter: What is to be used, with its base at hand.
+
+    Raises:
+        CorruptError: There are some.
+    """
     if adapter.foreign:
         some = ", ".join(sorted(adapter.foreign)[:3])
         problem = f"holds {len(adapter.foreign)} tensors of an unknown kind ({some})"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_pipeline.adapters.lora import concatenated
 from lora_pipeline.errors import UsageError
-from lora_pipeline.injection.inject import collapse, injected_layers
+from lora_pipeline.injection.inject import collapse, injected_layers, plain
 
 
 def extract_lora_ups_down(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -28,7 +28,7 @@ def extract_lora_ups_down(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """
     pairs = []
     for layer in injected_layers(model):
-        factors = concatenated([(branch.factors(), branch.weight) for branch in layer.branches.values()])
+        factors = concatenated([(plain(layer, branch), branch.weight) for branch in layer.branches.values()])
         pairs.append((factors.up * factors.scale, factors.down))
     if not pairs:
         raise UsageError("model", "has no injected layers", "inject an adapter first")

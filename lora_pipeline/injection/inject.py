@@ -6,19 +6,21 @@ text encoder has a `text_model` level.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_pipeline.adapters.adapter import Adapter, check_family, check_understood
+from lora_pipeline.adapters.adapter import Adapter, check_family, check_known
+from lora_pipeline.adapters.dora import approximated, dora_change
 from lora_pipeline.adapters.lora import LoraFactors, fitted
 from lora_pipeline.adapters.targets import UNET, root, target_of
 from lora_pipeline.errors import CorruptError, ParamsError
-from lora_pipeline.injection.initial import Init, kaiming
-from lora_pipeline.injection.layers import InjectedLayer, LoraBranch, LoraInjectedConv2d, LoraInjectedLinear
+from lora_pipeline.injection.branches import LoraBranch
+from lora_pipeline.injection.chance import Chance
+from lora_pipeline.injection.kinds import Make, Place, check_rank, lora
+from lora_pipeline.injection.layers import InjectedLayer, LoraInjectedConv2d, LoraInjectedLinear
 
 Weights = Mapping[str, float] | Callable[[str, str], float]
 
@@ -56,9 +58,10 @@ def inject_new(  # noqa: PLR0913 - what the branches are, and what they start fr
     rank: int | Mapping[str, int],
     alpha: float | Mapping[str, float],
     generator: torch.Generator,
-    init: Init = kaiming,
+    make: Make | None = None,
+    chance: Chance | None = None,
 ) -> None:
-    """Adds trainable branches that change nothing yet: up is zero.
+    """Adds trainable branches that change nothing yet.
 
     Args:
         model: A UNet or a text encoder.
@@ -67,8 +70,9 @@ def inject_new(  # noqa: PLR0913 - what the branches are, and what they start fr
         name: The branches'.
         rank: Of all targets, or by target.
         alpha: The same.
-        generator: Draws down.
-        init: How.
+        generator: Decides what they start from.
+        make: Of which kind they are; None for a LoRA that starts as in the paper's code.
+        chance: What they leave out while they learn.
 
     Raises:
         ParamsError: The rank is below 1 or above what a layer can have.
@@ -77,17 +81,12 @@ def inject_new(  # noqa: PLR0913 - what the branches are, and what they start fr
     layers = _layers(model, prefix)
     ranks = {target: rank if isinstance(rank, int) else rank[target] for target in targets}
     for target in targets:
-        shape = _base(model, layers[target]).weight.shape
-        largest = min(shape[0], math.prod(shape[1:]))
-        if not 1 <= ranks[target] <= largest:
-            problem = f"{ranks[target]} does not fit {target}"
-            raise ParamsError("adapter.rank", problem, f"use a rank between 1 and {largest}")
+        check_rank(target, ranks[target], _base(model, layers[target]).weight.shape)
     for target in targets:
         weight = _base(model, layers[target]).weight.requires_grad_(False)
-        down = init(ranks[target], weight.shape[1:], generator)
-        up = torch.zeros(weight.shape[0], ranks[target], *[1] * (weight.ndim - 2))
-        scale = alpha if isinstance(alpha, int | float) else alpha[target]
-        branch = LoraBranch(LoraFactors(down, up, float(scale)), trainable=True).to(weight.device)
+        own = alpha if isinstance(alpha, int | float) else alpha[target]
+        branch = (make or lora())(Place(target, weight, ranks[target], float(own), generator)).to(weight.device)
+        branch.chance, branch.target = chance, target
         _add_branch(model, layers[target], target, name, branch)
 
 
@@ -97,7 +96,7 @@ def inject_adapter(model: nn.Module, prefix: str, adapter: Adapter, name: str) -
     Raises:
         CorruptError: A target the model does not have, or factors of another shape. The model is unchanged then.
     """
-    check_understood(name, adapter)
+    check_known(name, adapter)
     _refuse_taken_name(model, name)
     layers = _layers(model, prefix)
     check_family(name, adapter, {target: tuple(_base(model, path).weight.shape) for target, path in layers.items()})
@@ -107,10 +106,21 @@ def inject_adapter(model: nn.Module, prefix: str, adapter: Adapter, name: str) -
             continue
         if target not in layers:
             raise CorruptError(target, "is no layer of this base", "use the base this adapter was trained on")
-        mine[target] = fitted(target, factors, tuple(_base(model, layers[target]).weight.shape))
-    for target, factors in mine.items():
-        branch = LoraBranch(factors, trainable=False).to(_base(model, layers[target]).weight.device)
+        weight = _base(model, layers[target]).weight
+        mine[target] = _frozen(target, weight, factors, adapter.magnitudes.get(target)).to(weight.device)
+    for target, branch in mine.items():
         _add_branch(model, layers[target], target, name, branch)
+
+
+def _frozen(target: str, weight: Tensor, factors: LoraFactors, magnitude: Tensor | None) -> LoraBranch:
+    """A branch for a weight; with a magnitude by column its change is the full one, which is of these inputs alone."""
+    fitting = fitted(target, factors, tuple(weight.shape))
+    if magnitude is None:
+        return LoraBranch(fitting, trainable=False)
+    if magnitude.shape[0] == magnitude.numel() == len(weight):
+        return LoraBranch(fitting, trainable=False, magnitude=magnitude.reshape(-1, *[1] * (weight.ndim - 1)))
+    change = dora_change(target, weight.detach().cpu(), fitting, magnitude)
+    return LoraBranch(approximated(change, None)[0], trainable=False)
 
 
 def set_weights(model: nn.Module, weights: Weights) -> None:
@@ -126,12 +136,12 @@ def set_weights(model: nn.Module, weights: Weights) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable factors, by `<target>.<adapter name>.down` and `.up`."""
+    """What learns, by `<target>.<adapter name>.<side>`: `down` and `up`, and what else the kind has."""
     return {
         f"{layer.target}.{name}.{side}": parameter
         for layer in injected_layers(model)
         for name, branch in layer.branches.items()
-        for side, parameter in (("down", branch.down), ("up", branch.up))
+        for side, parameter in branch.named_parameters()
         if parameter.requires_grad
     }
 
@@ -145,6 +155,32 @@ def collect(model: nn.Module, prefix: str, name: str) -> dict[str, LoraFactors]:
     }
 
 
+def collect_magnitudes(model: nn.Module, prefix: str, name: str) -> dict[str, Tensor]:
+    """Copies of one adapter's DoRA magnitudes by target."""
+    return {
+        layer.target: branch.magnitude.detach().clone().cpu()
+        for layer in injected_layers(model)
+        if layer.target.startswith(root(prefix)) and (branch := layer.branches.get(name)) is not None
+        if branch.magnitude is not None
+    }
+
+
+def hold(model: nn.Module, name: str, most: float) -> None:
+    """Shortens the factors of one adapter's changes that are longer than `most`, see `LoraBranch.hold`."""
+    for layer in injected_layers(model):
+        if name in layer.branches:
+            layer.branches[name].hold(most)
+
+
+@torch.no_grad()
+def plain(layer: InjectedLayer, branch: LoraBranch) -> LoraFactors:
+    """A branch's change at weight 1 as a LoRA: of full rank for a DoRA."""
+    factors = branch.factors()
+    if branch.magnitude is None:
+        return factors
+    return approximated(dora_change(layer.target, layer.base.weight, factors, branch.magnitude), None)[0]
+
+
 def collapse(model: nn.Module) -> None:
     """Folds all branches, at their weights, into the base weights, and takes them away.
 
@@ -154,7 +190,7 @@ def collapse(model: nn.Module) -> None:
         weight = layer.base.weight
         change = torch.zeros(weight.shape, device=weight.device)
         for branch in layer.branches.values():
-            change += branch.factors().scaled(branch.weight).delta()
+            change += plain(layer, branch).scaled(branch.weight).delta()
         with torch.no_grad():
             weight.copy_(weight.float() + change)
     remove(model)

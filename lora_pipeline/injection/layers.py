@@ -1,4 +1,4 @@
-"""A frozen layer with low-rank branches beside it: y = W x + Σ weight · (alpha / rank) · up(down(x)).
+"""A frozen layer with branches beside it: y = W x + Σ weight · (alpha / rank) · up(down(x)), or DoRA's norms of it.
 
 Hu et al. 2021, arXiv:2106.09685. The frozen layer is wrapped, never copied or changed, so that taking the wrapper away
 restores the model bit for bit. Factors are float32 whatever the layer's dtype.
@@ -10,36 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_pipeline.adapters.lora import LoraFactors
+from lora_pipeline.injection.branches import LokrBranch, LoraBranch
 
 # Up to this many values in a weight, changing it costs less than multiplying every input by two thin factors.
 _SMALL_WEIGHT = 2**16
-
-
-class LoraBranch(nn.Module):
-    """One adapter's factors in one layer.
-
-    Attributes:
-        down, up: float32 parameters, see `LoraFactors`.
-        alpha: The change is multiplied by alpha / rank.
-        weight: A multiplier that may be set at any time; 0 switches the branch off at no cost.
-    """
-
-    def __init__(self, factors: LoraFactors, trainable: bool) -> None:
-        super().__init__()
-        self.down = nn.Parameter(factors.down.detach().float().clone(), requires_grad=trainable)
-        self.up = nn.Parameter(factors.up.detach().float().clone(), requires_grad=trainable)
-        self.alpha = factors.alpha
-        self.weight = 1.0
-
-    @property
-    def gain(self) -> float:
-        """What the change is multiplied by at this moment: weight * alpha / rank."""
-        return self.weight * self.alpha / self.down.shape[0]
-
-    def factors(self) -> LoraFactors:
-        """A copy of the factors; `weight` is a matter of the moment and not part of them."""
-        return LoraFactors(self.down.detach().clone(), self.up.detach().clone(), self.alpha)
 
 
 class InjectedLayer(nn.Module):
@@ -67,10 +41,38 @@ class InjectedLayer(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs and outputs are the base layer's, in shape and dtype."""
         output: Tensor = self.base(inputs)
+        own = output
         for branch in self.branches.values():
-            if branch.weight != 0.0:
+            if not branch.acts():
+                continue
+            if branch.magnitude is None:
                 output = self.changed(output, inputs, branch)
+            else:
+                output = (output.float() + branch.weight * self.renormed(own, inputs, branch)).to(output.dtype)
         return output
+
+    def renormed(self, own: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
+        """What a DoRA adds at weight 1, float32: (m / ‖W + ΔW‖ - 1) W x + m / ‖W + ΔW‖ ΔW x.
+
+        Gradients do not flow through the norms (Liu et al. 2024, arXiv:2402.09353, section 4.3).
+
+        Args:
+            own: The base layer's output.
+            inputs: The layer's.
+            branch: With a magnitude by row.
+        """
+        assert branch.magnitude is not None
+        with torch.no_grad():
+            changed = self.base.weight.float() + branch.factors().delta()
+            norms = torch.linalg.vector_norm(changed.flatten(1), dim=1)
+        ratio = self.by_output(branch.magnitude.flatten() / torch.where(norms > 0, norms, 1.0))
+        bias = 0.0 if self.base.bias is None else self.by_output(self.base.bias.float())
+        product = branch.product(self, branch.kept_inputs(inputs))
+        return (ratio - 1.0) * (own.float() - bias) + ratio * branch.scale * product.float()
+
+    def by_output(self, values: Tensor) -> Tensor:
+        """(out,) values, shaped to broadcast against outputs."""
+        raise NotImplementedError
 
     def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
         """The output with one branch's change added."""
@@ -91,7 +93,8 @@ class LoraInjectedLinear(InjectedLayer):
         branch = self._learner()
         if branch is None:
             return super().forward(inputs)
-        weight = torch.addmm(self.base.weight, branch.up, branch.down, alpha=branch.gain)
+        down, up = branch.pair()
+        weight = torch.addmm(self.base.weight, up, down, alpha=branch.gain)
         return F.linear(inputs, weight, self.base.bias)
 
     def _learner(self) -> LoraBranch | None:
@@ -99,21 +102,25 @@ class LoraInjectedLinear(InjectedLayer):
         if len(self.branches) != 1 or self.base.weight.numel() > _SMALL_WEIGHT or not torch.is_grad_enabled():
             return None
         (branch,) = self.branches.values()
-        suits = branch.up.requires_grad and branch.weight != 0.0 and self.base.weight.dtype == branch.up.dtype
-        return branch if suits else None
+        suits = branch.trainable and self.base.weight.dtype == branch.up.dtype and branch.magnitude is None
+        return branch if suits and not branch.drops_inputs() and branch.acts() else None
 
     def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
         """`output` (..., out) plus the branch's change for `inputs` (..., in), in the dtype of `output`."""
-        hidden = F.linear(inputs.to(branch.down.dtype), branch.down)
-        if output.dtype != hidden.dtype:  # sum in float32, round once
-            return (output.float() + branch.gain * F.linear(hidden, branch.up)).to(output.dtype)
-        rows = output.reshape(-1, output.shape[-1])
-        changes = hidden.reshape(-1, hidden.shape[-1])
-        return torch.addmm(rows, changes, branch.up.t(), alpha=branch.gain).view(output.shape)
+        inputs = branch.kept_inputs(inputs)
+        if isinstance(branch, LokrBranch) or output.dtype != branch.down.dtype:  # sum in float32, round once
+            return (output.float() + branch.gain * branch.product(self, inputs)).to(output.dtype)
+        down, up = branch.pair()
+        rows, changes = output.reshape(-1, output.shape[-1]), F.linear(inputs, down).reshape(-1, len(down))
+        return torch.addmm(rows, changes, up.t(), alpha=branch.gain).view(output.shape)
 
     def product(self, inputs: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """(..., in) by `down` (rank, in) and `up` (out, rank) -> (..., out)."""
         return F.linear(F.linear(inputs.to(down.dtype), down), up)
+
+    def by_output(self, values: Tensor) -> Tensor:
+        """See `InjectedLayer`."""
+        return values
 
 
 class LoraInjectedConv2d(InjectedLayer):
@@ -123,7 +130,7 @@ class LoraInjectedConv2d(InjectedLayer):
 
     def changed(self, output: Tensor, inputs: Tensor, branch: LoraBranch) -> Tensor:
         """`output` (n, out, h, w) plus the branch's change for `inputs`, in the dtype of `output`."""
-        change = self.product(inputs, branch.down, branch.up)
+        change = branch.product(self, branch.kept_inputs(inputs))
         if output.dtype != change.dtype:
             return (output.float() + branch.gain * change).to(output.dtype)
         return torch.add(output, change, alpha=branch.gain)
@@ -134,3 +141,7 @@ class LoraInjectedConv2d(InjectedLayer):
         down = down.repeat(groups, 1, 1, 1) if groups > 1 else down
         hidden = self.base._conv_forward(inputs.to(down.dtype), down, None)  # knows every padding mode
         return F.conv2d(hidden, up, groups=groups)
+
+    def by_output(self, values: Tensor) -> Tensor:
+        """See `InjectedLayer`."""
+        return values[:, None, None]

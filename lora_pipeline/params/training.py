@@ -25,12 +25,18 @@ Window = Annotated[list[Share], Field(min_length=2, max_length=2), AfterValidato
 class AdapterParams(Section):
     """What is added to the layers, see injection/."""
 
+    kind: Literal["lora", "dora", "loha", "lokr"]
     rank: AtLeastOne
     alpha: Positive
     ranks: dict[Text, AtLeastOne]
     alphas: dict[Text, Positive]
     rank_stabilised: bool
-    init: Literal["kaiming", "normal", "orthogonal"]
+    init: Literal["kaiming", "normal", "orthogonal", "pissa"]
+    factor: AtLeastOne | None
+    dropout: Dropout
+    rank_dropout: Dropout
+    module_dropout: Dropout
+    max_norm: Positive | None
     unet_targets: list[Text]
     text_encoder_targets: list[Text]
 

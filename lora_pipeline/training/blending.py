@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lora_pipeline.adapters.adapter import Adapter, Json
+from lora_pipeline.adapters.adapter import Adapter, Json, check_understood
 from lora_pipeline.adapters.blocks import block_of
 from lora_pipeline.adapters.composition import Composition, Part, blend, digest
 from lora_pipeline.adapters.lora import LoraFactors
@@ -177,5 +177,6 @@ def _check(parts: Sequence[Part], recipe: Recipe, fit: Fit) -> None:
         problem = f"fixes what {fit.method} learns: it is a sum without weights by block"
         raise ParamsError("block_weights" if recipe.block_weights else "method", problem, "leave it out")
     for name, adapter, _ in parts:
+        check_understood(name, adapter)
         if not any(target.startswith(root(UNET)) for target in adapter.factors):
             raise ParamsError(name, "changes nothing in the UNet, so that no weight could be learnt", "use method sum")

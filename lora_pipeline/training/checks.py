@@ -16,6 +16,7 @@ from lora_pipeline.training.phases import FACTORS, TOKEN, TUNING, Phase
 
 if TYPE_CHECKING:
     from lora_pipeline.params import TrainParams
+    from lora_pipeline.params.training import AdapterParams
     from lora_pipeline.training.tuning import Task
 
 _OF_THE_CONCEPT = ("placeholder_token", "priors", "images")
@@ -64,6 +65,7 @@ def check_learners(task: Task, learns: frozenset[str], tokenizer: Any) -> None:
         ParamsError: It is so.
     """
     params = task.params
+    check_dropout(params.adapter)
     if FACTORS in learns and not [*params.adapter.unet_targets, *params.adapter.text_encoder_targets]:
         raise ParamsError("adapter.unet_targets", "names no layer", 'name some, such as "*attn*.to_q"')
     if TOKEN in learns:
@@ -71,6 +73,18 @@ def check_learners(task: Task, learns: frozenset[str], tokenizer: Any) -> None:
             fix = "give the concept a placeholder_token such as <zorp>, or use method lora"
             raise ParamsError("placeholder_token", f"is null, and method {params.method} learns it", fix)
         check_initializer(tokenizer, params.token.initializer)
+
+
+def check_dropout(params: AdapterParams) -> None:
+    """Refuses to leave out, or to shorten, factors that stand for parts of the base itself.
+
+    Raises:
+        ParamsError: It is so.
+    """
+    given = [key for key in ("dropout", "rank_dropout", "module_dropout", "max_norm") if getattr(params, key)]
+    if given and params.init == "pissa":
+        problem = f"is pissa, whose factors hold parts of the base, and {given[0]} is set"
+        raise ParamsError("adapter.init", problem, f"write kaiming, or take {given[0]} away")
 
 
 def check_encoders(params: TrainParams, encoders: int) -> None:

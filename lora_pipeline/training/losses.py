@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lora_pipeline.injection.chance import Chance
 from lora_pipeline.pretrained.adapted import set_weights
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.pretrained.denoising import Denoiser
@@ -76,10 +77,16 @@ def _given(mine: Components, batch: Batch) -> Tensor | None:
     return masked(mine.vae, batch.pictures, batch.holes)
 
 
-def loss_of(loss_in: LossIn, sampler: Sampler) -> LossAt:
-    """The loss of a step."""
+def loss_of(loss_in: LossIn, sampler: Sampler, chance: Chance | None = None) -> LossAt:
+    """The loss of a step's batch, by its number.
+
+    Its backward pass may compute parts of it again, so that `chance` goes on with this batch until the next, or until
+    somebody looks at what was learnt.
+    """
 
     def loss_at(step: int) -> Tensor:
+        if chance is not None:
+            chance.batch = step
         first, *others = [loss_in(batch) for batch in sampler.batches(step)]
         return sum(others, first)
 

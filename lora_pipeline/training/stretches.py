@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_pipeline.adapters.targets import TEXT_ENCODER
 from lora_pipeline.injection import inject, tokens
+from lora_pipeline.injection.chance import Chance
 from lora_pipeline.pretrained.adapted import set_weights
 from lora_pipeline.training.batches import Sampler
 from lora_pipeline.training.conditioning import Condition, condition_of, live
@@ -64,6 +65,7 @@ class Bench:
         encodings: The text encoder's outputs of before.
         validation: Looks at pictures that are not learnt from.
         say: Told what a user should know.
+        chance: What branches leave out while they learn.
     """
 
     mine: Components
@@ -75,6 +77,7 @@ class Bench:
     encodings: TensorCache
     validation: Validation
     say: Callable[[str], None]
+    chance: Chance | None = None
 
     def condition(self, phase: Phase) -> Condition:
         """Captions to what the UNet reads."""
@@ -106,12 +109,13 @@ def stretch_of(bench: Bench, phase: Phase) -> Stretch:
             batch_loss(mine, objective, condition, None), validation_batches(bench.pools.aside, levels)
         )
         pools = bench.pools.own, bench.pools.of_class
-        return loss_of(loss_in, Sampler(phase, pools, params.batch_size, objective, bench.seed))
+        return loss_of(loss_in, Sampler(phase, pools, params.batch_size, objective, bench.seed), bench.chance)
 
     factor = rate_factor(params.optimiser, phase.steps)
     rows = frozenset(map(row_name, bench.embeddings))
+    lengths = frozenset(name for name in parameters if name.endswith(".magnitude"))
     turn = _turns(params.tuning.token_share, parameters, rows) if params.method == "joint" else None
-    return Stretch(phase, parameters, enter, _guard(bench, phase), factor, rates, rows, turn)
+    return Stretch(phase, parameters, enter, _guard(bench, phase), factor, rates, rows | lengths, turn)
 
 
 def _untouched(bench: Bench, phase: Phase, condition: Condition) -> tuple[Components, Condition]:
@@ -123,11 +127,17 @@ def _untouched(bench: Bench, phase: Phase, condition: Condition) -> tuple[Compon
 
 def _guard(bench: Bench, phase: Phase) -> Callable[[], None]:
     learning = list(bench.embeddings.values()) if TOKEN in phase.learns else []
+    most_change = bench.params.adapter.max_norm if FACTORS in phase.learns else None
     largest = [float(embedding.weight.norm(dim=1).max()) for embedding in learning]
 
     def guard() -> None:
+        if bench.chance is not None:
+            bench.chance.batch = None
         for embedding, most in zip(learning, largest, strict=True):
             guard_norms(embedding.rows, most)
+        if most_change is not None:
+            for model in bench.mine.models.values():
+                inject.hold(model, BRANCH, most_change)
 
     return guard
 

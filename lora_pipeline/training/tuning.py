@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from lora_pipeline.adapters.lora import LoraFactors
 from lora_pipeline.adapters.targets import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from lora_pipeline.data.dataset import Example
 from lora_pipeline.injection import inject, tokens
-from lora_pipeline.injection.initial import INITS
+from lora_pipeline.injection.chance import Chance
+from lora_pipeline.injection.kinds import maker
 from lora_pipeline.injection.patterns import by_target, check_patterns
 from lora_pipeline.pretrained.adapted import strip
 from lora_pipeline.pretrained.encoding import tokenize
@@ -40,9 +41,11 @@ from lora_pipeline.training.whole import learnt_weights, own_copies
 if TYPE_CHECKING:
     from lora_pipeline.adapters.adapter import Json
     from lora_pipeline.params import TrainParams
+    from lora_pipeline.params.training import AdapterParams
     from lora_pipeline.pretrained.components import Components
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Tuned:
         validation: The loss on pictures that were set aside, of the steps it was looked at.
         weights: The base's own as they are now, by canonical name (see `adapters.weights`); of method `full` alone.
         embeddings_2: As `embeddings`, of SDXL's second text encoder.
+        magnitudes: Of kind `dora`, by target.
     """
 
     factors: Mapping[str, LoraFactors]
@@ -85,10 +89,11 @@ class Tuned:
     validation: Sequence[StepLoss] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     embeddings_2: Mapping[str, Tensor] = field(default_factory=dict)
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def adapter(self, provenance: Mapping[str, Json]) -> Adapter:
         """Factors and rows as an adapter."""
-        return Adapter(self.factors, self.embeddings, provenance, embeddings_2=self.embeddings_2)
+        return Adapter(self.factors, self.embeddings, provenance, {}, self.embeddings_2, self.magnitudes)
 
 
 def tune(
@@ -131,33 +136,50 @@ def tune(
         check_encoders(params, len(mine.readers))
         learning = frozenset[str]().union(*(phase.learns for phase in phases))
         embeddings = _add_token(mine, task) if TOKEN in learning else {}
+        chance = _chance(params.adapter, task.seed)
         if FACTORS in learning:
-            _add_branches(mine, task)
+            _add_branches(mine, task, chance)
         _check_lengths(mine, task)
         encodings = TensorCache(cache)
         pools = _pools(mine, task, encodings, say)
         validation = Validation(params.validation.every, phases, work)
-        bench = Bench(mine, components, params, task.seed, pools, embeddings, encodings, validation, say)
+        bench = Bench(mine, components, params, task.seed, pools, embeddings, encodings, validation, say, chance)
         stretches = [stretch_of(bench, phase) for phase in phases]
         check_room(mine, params, stretches, pools.own[0].mean.shape, work if crew.first else None, say)
         told = _looking(report, look, mine, params.samples.every) if look and crew.first else report
         with compiled(mine.unet, engine.compile):
-            losses = train(stretches, work, params, validation.watching(told), crew, say)
+            losses = train(stretches, work, params, _still(chance, validation.watching(told)), crew, say)
         encodings.shrink()
         weights = learnt_weights(mine, _text_learns(params)) if WEIGHTS in learning else {}
         rows = [_rows(embeddings.get(encoder)) for encoder in (TEXT_ENCODER, TEXT_ENCODER_2)]
-        return Tuned(_factors(mine), rows[0], losses, validation.losses(), weights, rows[1])
+        magnitudes = _of_all(mine, inject.collect_magnitudes)
+        return Tuned(_factors(mine), rows[0], losses, validation.losses(), weights, rows[1], magnitudes)
 
 
 def _factors(mine: Components) -> dict[str, LoraFactors]:
-    found: dict[str, LoraFactors] = {}
-    for prefix, model in mine.models.items():
-        found |= inject.collect(model, prefix, BRANCH)
+    found = _of_all(mine, inject.collect)
     return {target: moved(each, torch.device("cpu")) for target, each in found.items()}
+
+
+def _of_all(mine: Components, collect: Callable[[Any, str, str], dict[str, T]]) -> dict[str, T]:
+    """What is collected of all models, by target."""
+    parts = [collect(model, prefix, BRANCH) for prefix, model in mine.models.items()]
+    return {target: each for part in parts for target, each in part.items()}
 
 
 def _rows(embedding: tokens.PlaceholderEmbedding | None) -> dict[str, Tensor]:
     return {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
+
+
+def _still(chance: Chance | None, report: Report) -> Report:
+    """A report that looks at all of what is learnt."""
+
+    def told(step: int, values: dict[str, float]) -> None:
+        if chance is not None:
+            chance.batch = None
+        report(step, values)
+
+    return told
 
 
 def _looking(report: Report, look: Callable[[int, Components], None], mine: Components, every: int) -> Report:
@@ -232,7 +254,19 @@ def _add_token(mine: Components, task: Task) -> dict[str, tokens.PlaceholderEmbe
     return added
 
 
-def _add_branches(mine: Components, task: Task) -> None:
+def _chance(params: AdapterParams, seed: int) -> Chance | None:
+    """What branches leave out while they learn."""
+    if not (params.dropout or params.rank_dropout or params.module_dropout):
+        return None
+    return Chance(
+        params.dropout,
+        params.rank_dropout,
+        params.module_dropout,
+        lambda batch, purpose: generator_for(seed, TUNING, batch, f"dropout {purpose}"),
+    )
+
+
+def _add_branches(mine: Components, task: Task, chance: Chance | None) -> None:
     params = task.params.adapter
     targets = {
         prefix: inject.select_targets(
@@ -255,5 +289,6 @@ def _add_branches(mine: Components, task: Task) -> None:
             rank=ranks,
             alpha=alphas,
             generator=generator_for(task.seed, TUNING, 0, f"{prefix} factors"),
-            init=INITS[params.init],
+            make=maker(params.kind, params.init, params.factor),
+            chance=chance,
         )

@@ -75,7 +75,12 @@ def test_params_cannot_be_changed(write: Write) -> None:
         ("crop: center", "crop: no", "defaults.preprocess.crop", "found 'no'"),
         ("alpha: 8.0", "alpha: .nan", "defaults.train.adapter.alpha", "finite"),
         ("alpha: 8.0", "alpha: 1e999", "defaults.train.adapter.alpha", "finite"),
-        ("dropout: 0.0          # share", "dropout: 1.0  # share", "defaults.train.captions.dropout", "less than 1"),
+        (
+            "dropout: 0.0          # share of captions",
+            "dropout: 1.0  # share of captions",
+            "defaults.train.captions.dropout",
+            "less than 1",
+        ),
         ("[0.2, 0.0], [0.5, 1.1]", "[0.5, 0.0], [0.2, 1.1]", "renders.schedule.weights.sticker", "rising"),
         ("rank: null  ", "rank: 0  ", "defaults.extract.rank", "1, found 0"),
         ("rank: null  ", "rank: {energy: 1.5}  ", "defaults.extract.rank", "above 0 and below 1"),

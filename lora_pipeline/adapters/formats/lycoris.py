@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from lora_pipeline.adapters.lora import LoraFactors, times_identity
+from lora_pipeline.adapters.products import Pair, hadamard, kronecker
 from lora_pipeline.errors import CorruptError
 
-# (rows, rank) and (rank, columns) in float64, with the kernel flattened into the columns.
-_Pair = tuple[Tensor, Tensor]
 _FIX = "get the file again"
 _LARGEST = 2**27  # numbers in a module's factors; the largest of a full SDXL module is a quarter of this
 # Layers with a 3 x 3 kernel in every Stable Diffusion: LoHa and older LoKr files flatten it away.
@@ -125,10 +124,7 @@ def _hadamard(name: str, rest: dict[str, Tensor]) -> LoraFactors:
     _check_size(name, rows, columns, rank)
     if rank > min(rows, columns):
         return _factors(times_identity((a1 @ b1) * (a2 @ b2)), scale, kernel)
-    # (Σ_i a_i b_i) ∘ (Σ_j c_j d_j) = Σ_ij (a_i ∘ c_j) (b_i ∘ d_j): products of rows with rows, columns with columns
-    up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
-    down = (b1[:, None] * b2[None]).flatten(0, 1)
-    return _factors((up, down), scale, kernel)
+    return _factors(hadamard((a1, b1), (a2, b2)), scale, kernel)
 
 
 def _kronecker(name: str, rest: dict[str, Tensor]) -> LoraFactors:
@@ -147,8 +143,7 @@ def _kronecker(name: str, rest: dict[str, Tensor]) -> LoraFactors:
     _check_size(name, rows, columns, rank)
     if rank > min(rows, columns):
         return _factors(times_identity(torch.kron(a1 @ b1, a2 @ b2)), scale, kernel)
-    # (a b) ⊗ (c d) = (a ⊗ c) (b ⊗ d)
-    return _factors((torch.kron(a1, a2), torch.kron(b1, b2)), scale, kernel)
+    return _factors(kronecker((a1, b1), (a2, b2)), scale, kernel)
 
 
 def _change(name: str, rest: dict[str, Tensor]) -> LoraFactors:
@@ -176,7 +171,7 @@ def _take(name: str, rest: dict[str, Tensor], suffix: str) -> Tensor:
     return tensor
 
 
-def _pair(name: str, rest: dict[str, Tensor], side: str, tucker: str) -> _Pair:
+def _pair(name: str, rest: dict[str, Tensor], side: str, tucker: str) -> Pair:
     """One factorised matrix of a LoHa or a LoKr."""
     a, b = _take(name, rest, f"{side}_a").double().flatten(1), _take(name, rest, f"{side}_b").double()
     if tucker in rest and side.endswith(tucker[-1]):  # t1 belongs to w1, t2 to w2
@@ -201,7 +196,7 @@ def _kernel(name: str, rest: Mapping[str, Tensor], where: tuple[str, ...]) -> tu
     return shown[0] if shown else (3, 3) if name.rpartition(".")[2] in _KERNELS else ()
 
 
-def _factors(pair: _Pair, scale: float, kernel: tuple[int, ...]) -> LoraFactors:
+def _factors(pair: Pair, scale: float, kernel: tuple[int, ...]) -> LoraFactors:
     up, down = (each.float() if each.dtype == torch.float64 else each for each in pair)
     rank = up.shape[1]
     if kernel:

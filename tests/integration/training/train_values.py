@@ -13,6 +13,8 @@ VALUES: Mapping[str, Any] = {
     "tuning.token_learning_rate": None, "tuning.token_share": None, "tuning.lora_plus_ratio": 1.0,
     "tuning.learning_rates": {}, "tuning.timesteps": [0.0, 1.0],
     "token.initializer": "creature", "token.vectors": 1,
+    "adapter.kind": "lora", "adapter.factor": None, "adapter.dropout": 0.0, "adapter.rank_dropout": 0.0,
+    "adapter.module_dropout": 0.0, "adapter.max_norm": None,
     "adapter.rank": 2, "adapter.alpha": 2.0, "adapter.ranks": {}, "adapter.alphas": {},
     "adapter.rank_stabilised": False, "adapter.init": "kaiming", "adapter.unet_targets": ["*attn*.to_?", "*.conv1"],
     "adapter.text_encoder_targets": [],

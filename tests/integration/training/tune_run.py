@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -31,6 +32,12 @@ SHOWN = {
     "captions.dropout": 0.3, "validation.every": 2, "method": "lora", "tuning.steps": 5,
 }  # fmt: skip
 RICH = {"optimiser.name": "prodigy", "optimiser.ema": 0.6, "optimiser.accumulation": 2}
+# Whatever else adapters are made of, and what they leave out on the way.
+KINDS_OF_ADAPTERS: dict[str, dict[str, Any]] = {
+    "dora": {"adapter.kind": "dora", "adapter.dropout": 0.2, "adapter.module_dropout": 0.2, "adapter.max_norm": 0.1},
+    "lokr": {"adapter.kind": "lokr", "adapter.rank_dropout": 0.5, "optimiser.ema": 0.6},
+    "pissa": {"adapter.init": "pissa"},
+}
 JOINT = {"method": "joint", "tuning.token_learning_rate": 0.01, "tuning.token_share": 0.4}
 FULL = {"method": "full", "tuning.steps": 4}
 KINDS = {"xl-inpaint": TEXT | {"tuning.token_learning_rate": 0.01}}
@@ -72,7 +79,7 @@ def survives(folder: Path, task: Task, series: Sequence[Sequence[int]]) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    names = ("plain", "rich", "random", "shown", "joint", "full", *KINDS)
+    names = ("plain", "rich", "random", "shown", "joint", "full", *KINDS, *KINDS_OF_ADAPTERS)
     places = {name: folder / name for name in names}
     for place in places.values():
         place.mkdir()
@@ -86,6 +93,8 @@ def main(folder: Path) -> None:
     survives(places["full"], tiny.task(places["full"], FULL), ((2, 3),))
     for kind, values in KINDS.items():
         survives(places[kind], tiny.task(places[kind], values), ((1,), (4, 5)))
+    for name, values in KINDS_OF_ADAPTERS.items():
+        survives(places[name], tiny.task(places[name], {**TEXT, "method": "lora", **values}), ((1,), (2, 3)))
     shown = tiny.task(places["shown"], SHOWN)
     for example, side in zip(shown.examples, (8, 16, 8), strict=True):
         tiny.Image.open(example.image).resize((side, 8)).save(example.image)

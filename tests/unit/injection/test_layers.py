@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_pipeline.adapters.lora import LoraFactors
-from lora_pipeline.injection.layers import LoraBranch, LoraInjectedConv2d, LoraInjectedLinear
+from lora_pipeline.injection.branches import LoraBranch
+from lora_pipeline.injection.layers import LoraInjectedConv2d, LoraInjectedLinear
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
