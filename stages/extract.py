@@ -80,9 +80,11 @@ def extract(  # noqa: PLR0913 - the options of a command
 def _of_concept(concept: str, tuned: Path, base: Path, out: Path) -> None:
     from lora_pipeline.adapters import load_adapter, save_adapter
     from lora_pipeline.adapters.composition import parents
+    from lora_pipeline.adapters.dora import plain
     from lora_pipeline.adapters.extraction import extract as taken
     from lora_pipeline.adapters.fingerprint import base_fingerprint
     from lora_pipeline.adapters.ranks import rank_rule
+    from lora_pipeline.adapters.weights import open_weights
 
     def settings() -> ConceptParams:
         return entry(load_params(PARAMS).concepts, "concepts", concept)
@@ -103,6 +105,8 @@ def _of_concept(concept: str, tuned: Path, base: Path, out: Path) -> None:
             "parents": parents([("tuned", trained, 1.0)]),
         }
         rule = rank_rule(section.extract.rank)
+        if rule is not None and trained.magnitudes:
+            trained, _ = plain(trained, open_weights(base), None)
         extraction = taken(trained, rule, provenance, base=base_fingerprint(base))
         save_adapter(extraction.adapter, run.building)
         run.tracker.metric("residual", extraction.residual, 0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_pipeline.adapters.adapter import check_family
 from lora_pipeline.adapters.checkpoints.slots import Place, Slot
 from lora_pipeline.adapters.composition import Part, summed
+from lora_pipeline.adapters.dora import dora_change
 from lora_pipeline.adapters.lora import fitted
 from lora_pipeline.adapters.storage import DTYPE_NAMES, DTYPES, Span
 from lora_pipeline.adapters.targets import is_target, root
@@ -136,13 +137,23 @@ class Merger:
             merged[new.first : new.first + new.rows.shape[0]] = new.rows
         elif name in self._touched:
             target = name.removesuffix(".weight")
-            change = fitted(target, summed(target, self._parts), tuple(tensor.shape)).delta()
-            merged = change.add_(tensor).to(dtype)
+            merged = self._change(target, tensor).add_(tensor).to(dtype)
         else:
             merged = tensor.to(dtype)
         if merged.is_floating_point() and not _finite(merged):
             raise CorruptError(name, f"is beyond the range of {dtype}", "merge with dtype float32, or smaller weights")
         return merged
+
+    def _change(self, target: str, weight: Tensor) -> Tensor:
+        """What the adapters add to a layer's weight, float32; a DoRA's part depends on the weight."""
+        shape = tuple(weight.shape)
+        doras = [part for part in self._parts if target in part[1].magnitudes]
+        others = [part for part in self._parts if target in part[1].factors and part not in doras]
+        change = fitted(target, summed(target, others), shape).delta() if others else torch.zeros(shape)
+        for _, adapter, share in doras:
+            fitting = fitted(target, adapter.factors[target], shape)
+            change += share * dora_change(target, weight, fitting, adapter.magnitudes[target]).float()
+        return change
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_pipeline.adapters.adapter import check_base, check_understood
+from lora_pipeline.adapters.adapter import check_base, check_known
 from lora_pipeline.adapters.checkpoints.destination import write_file, write_folder
 from lora_pipeline.adapters.checkpoints.folder import write_json
 from lora_pipeline.adapters.checkpoints.single_file import slots_for, slots_of_file
@@ -60,7 +60,7 @@ def merge(
         raise ParamsError("dtype", f"{dtype!r} is unknown", f"use one of {', '.join(DTYPES_BY_NAME)}")
     note = _note(base) if not parts and dtype is None else None
     for name, adapter, _ in parts:
-        check_understood(name, adapter)
+        check_known(name, adapter)
     document: dict[str, Any] | None = None
     if parts or dtype is not None:
         fingerprint = base_fingerprint(base)

@@ -278,3 +278,27 @@ def test_tokens_of_sdxl_go_into_both_text_encoders(tmp_path: Path, make_base: Ma
     for adapter in (Adapter({}, {"<a>": rows}), Adapter({}, {"<a>": rows}, embeddings_2={"<b>": rows_2})):
         with pytest.raises(CorruptError, match="text encoders"):
             merge(base, [("a", adapter, 1.0)], tmp_path / "again", None)
+
+
+@pytest.mark.parametrize("by", [0, 1])
+def test_a_dora_is_merged_as_what_it_makes_of_the_bases_own_weights(
+    tmp_path: Path, make_base: MakeBase, make_adapter: Make, by: int
+) -> None:
+    base, plain, other = make_base(dtype=torch.float32), make_adapter(1), make_adapter(2)
+    target = "unet.mid_block.resnets.0.conv1"
+    norms = torch.rand((5, 1, 1, 1) if by == 0 else (1, 4, 1, 1)) + 0.5
+    dora = Adapter(other.factors, magnitudes={target: norms})
+    merge(base, [("plain", plain, 0.7), ("dora", dora, 0.5)], tmp_path / "out", None)
+    before, after = read_tensors(base / UNET)[0], read_tensors(tmp_path / "out" / UNET)[0]
+    for name, weight in before.items():
+        layer = f"unet.{name.removesuffix('.weight')}"
+        if name.endswith("bias") or layer not in plain.factors:
+            continue
+        change = 0.7 * plain.factors[layer].delta()
+        changed = weight + other.factors[layer].delta()
+        if layer == target:
+            lengths = changed.transpose(0, by).flatten(1).norm(dim=1).reshape(norms.shape)
+            change += 0.5 * (norms * changed / lengths - weight)
+        else:
+            change += 0.5 * (changed - weight)
+        torch.testing.assert_close(after[name], weight + change, rtol=1e-5, atol=1e-6)
