@@ -21,11 +21,13 @@ from lora_pipeline.evaluation.scorer import Scorer
 from lora_pipeline.keeping import content_key
 from lora_pipeline.params import ConceptParams, PriorsParams, TrainParams
 from lora_pipeline.pretrained.adapted import add_adapter
-from lora_pipeline.pretrained.components import Components
+from lora_pipeline.pretrained.components import Components, load_components
 from lora_pipeline.rendering.sampling import pictures_at_once, sample
 from lora_pipeline.toyworld.captions import place_words
 from lora_pipeline.toyworld.drawing import draw
+from lora_pipeline.toyworld.judge import load_judge
 from lora_pipeline.toyworld.scene import SCENERY, mascot_scene
+from lora_pipeline.toyworld.scoring import JudgeScorer
 from lora_pipeline.training.tuning import Task, Tuned, private, tune
 
 MODEL = "zorp"  # the concept of params.yaml whose section all subjects are learnt by
@@ -39,14 +41,22 @@ Measured = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to learn, and whether class pictures join in."""
+    """A way to learn, and what keeps the class as it was: `pictures`, the base's `prediction` of them, or nothing."""
 
     name: str
     method: str
-    priors: bool
+    prior: str | None
 
 
-ARMS = (Arm("lora, no priors", "lora", False), Arm("lora, priors", "lora", True), Arm("pti, priors", "pti", True))
+ARMS = (
+    Arm("lora", "lora", None),
+    Arm("dreambooth", "dreambooth", "pictures"),
+    Arm("dreambooth by prediction", "dreambooth", "prediction"),
+    Arm("ti", "ti", None),
+    Arm("pti", "pti", "pictures"),
+    Arm("joint", "joint", "pictures"),
+)
+JOINT_RATE = 5.0e-3  # of the token where params.yaml gives none
 
 
 @dataclass(frozen=True)
@@ -77,21 +87,25 @@ def total_steps(params: TrainParams) -> int:
 
 
 def arm_params(params: TrainParams, arm: Arm) -> TrainParams:
-    """The arm's training: both methods take the same number of steps; `pti` divides them as `params` does.
+    """The arm's training: all methods take the same number of steps; `pti` divides them as `params` does.
 
     Raises:
         ParamsError: The arm wants class pictures, and `params` weighs them 0.
     """
-    if arm.priors and not params.prior.weight:
+    if arm.prior and not params.prior.weight:
         where = f"params.yaml: concepts.{MODEL}.train.prior.weight"
         raise ParamsError(where, "is 0, and the study compares with and without", "set it above 0")
-    inversion = params.inversion.steps if arm.method == "pti" else 0
+    total = total_steps(params)
+    inversion = {"pti": params.inversion.steps, "ti": total}.get(arm.method, 0)
+    own = params.tuning.token_learning_rate
+    rate = {"joint": own or JOINT_RATE, "pti": own}.get(arm.method)
+    prior = {"weight": params.prior.weight, "target": arm.prior} if arm.prior else {"weight": 0.0}
     return params.model_copy(
         update={
             "method": arm.method,
-            "prior": params.prior.model_copy(update={"weight": params.prior.weight if arm.priors else 0.0}),
+            "prior": params.prior.model_copy(update=prior),
             "inversion": params.inversion.model_copy(update={"steps": inversion}),
-            "tuning": params.tuning.model_copy(update={"steps": total_steps(params) - inversion}),
+            "tuning": params.tuning.model_copy(update={"steps": total - inversion, "token_learning_rate": rate}),
         }
     )
 
@@ -195,6 +209,29 @@ def measured(
         shutil.rmtree(folder / "train", ignore_errors=True)
     cells: Measured = json.loads(path.read_text(encoding="utf-8"))
     return cells
+
+
+def task_of(laboratory: Laboratory, name: str, section: ConceptParams, seed: int, arm: Arm) -> Task:
+    """What the cell of an arm learns."""
+    examples = pictures_of(laboratory, section, seed)
+    priors = priors_of(laboratory, section) if arm.prior else ()
+    return Task(name, section.placeholder_token, examples, priors, arm_params(section.train, arm), seed)
+
+
+def measure_cell(folders: tuple[Path, Path, int, Path], model: ConceptParams, name: str, seed: int, arm: Arm) -> None:
+    """A cell in a process of its own; it is kept.
+
+    Args:
+        folders: Base, judge, pictures and folder of the laboratory.
+        model: The concept all subjects are learnt by.
+        name: The subject.
+        seed: Of the training.
+        arm: How.
+    """
+    base, judge, pictures, folder = folders
+    laboratory = Laboratory(load_components(base), JudgeScorer(load_judge(judge)), base, judge, pictures, folder)
+    section = section_of(model, name)
+    measured(laboratory, task_of(laboratory, name, section, seed, arm), section, lambda _: None)
 
 
 def scored(laboratory: Laboratory, task: Task, section: ConceptParams, tuned: Tuned) -> Measured:

@@ -27,6 +27,7 @@ def study(
         int, typer.Option(min=8, max=9_992, help="Pictures a cell of the subject, and of the class; in eights.")
     ] = 48,
     judge: Annotated[Path, typer.Option(help="The judge folder.")] = Path("models/judge"),
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at once, a process each.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write what is printed to this file, too.")] = None,
 ) -> None:
@@ -43,7 +44,7 @@ def study(
 
         lora-pipe study --subjects zorp --seeds 1 --pictures 8 --json
 
-        lora-pipe study --seeds 3 --pictures 48 --out study.md
+        lora-pipe study --seeds 3 --pictures 48 --jobs 4 --out study.md
     """
     params = load_params(PARAMS)
     names = asked(subjects)
@@ -58,7 +59,10 @@ def study(
         base = Path(params.base)
         scorer = JudgeScorer(load_judge(judge))
         laboratory = Laboratory(load_components(base), scorer, base, judge, pictures, root / WORK / "study")
-        rows = rows_of(cells_of(laboratory, names, range(params.seed, params.seed + seeds), params), params.seed)
+        numbers = range(params.seed, params.seed + seeds)
+        if jobs > 1:
+            measure_apart(laboratory, names, numbers, params, jobs)
+        rows = rows_of(cells_of(laboratory, names, numbers, params), params.seed)
         text = text_of(rows, names, seeds, params, laboratory, as_json=as_json)
     typer.echo(text)
     if out is not None:
@@ -79,6 +83,28 @@ def asked(subjects: str) -> list[str]:
         if name not in MASCOTS:
             raise UsageError("--subjects", f"{name!r} is no mascot", suggestion(name, MASCOTS))
     return names
+
+
+def measure_apart(laboratory: Laboratory, names: list[str], seeds: range, params: Params, jobs: int) -> None:
+    """Lets processes measure cells, and keep them; what all of them need is made before."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    from stages._study import ARMS, MODEL, anchors, measure_cell, pictures_of, priors_of, section_of
+
+    model = entry(params.concepts, "concepts", MODEL)
+    for name in names:
+        section = section_of(model, name)
+        priors_of(laboratory, section)
+        for seed in seeds:
+            anchors(laboratory, name, section, pictures_of(laboratory, section, seed), seed)
+    cells = [(name, seed, arm) for name in names for arm in ARMS for seed in seeds]
+    folders = laboratory.base, laboratory.judge, laboratory.pictures, laboratory.folder
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        asked = [pool.submit(measure_cell, folders, model, *cell) for cell in cells]
+        for done, each in enumerate(as_completed(asked), 1):
+            each.result()
+            typer.echo(f"study: {done} of {len(cells)} cells", err=True)
 
 
 def cells_of(
@@ -104,19 +130,14 @@ def cells_of(
 
 def cells_of_seed(laboratory: Laboratory, name: str, section: ConceptParams, seed: int) -> dict[str, Measured]:
     """The base, real drawings, and every arm."""
-    from lora_pipeline.training.tuning import Task
-    from stages._study import ARMS, anchors, arm_params, measured, pictures_of, priors_of, total_steps
+    from stages._study import ARMS, anchors, measured, pictures_of, task_of, total_steps
 
-    examples = pictures_of(laboratory, section, seed)
-    told = dict(anchors(laboratory, name, section, examples, seed))
+    told = dict(anchors(laboratory, name, section, pictures_of(laboratory, section, seed), seed))
     total = total_steps(section.train)
     for arm in ARMS:
-        train = arm_params(section.train, arm)
-        priors = priors_of(laboratory, section) if arm.priors else ()
-        task = Task(name, section.placeholder_token, examples, priors, train, seed)
         label = f"{name}, {arm.name}, seed {seed}: steps"
         with bar(total, label) if sys.stderr.isatty() else lines(total, label) as advance:
-            told[arm.name] = measured(laboratory, task, section, advance)
+            told[arm.name] = measured(laboratory, task_of(laboratory, name, section, seed, arm), section, advance)
     return told
 
 
