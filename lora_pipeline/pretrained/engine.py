@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch._dynamo
@@ -12,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 BACKEND = "inductor"
 _REPEATED = (BasicTransformerBlock, ResnetBlock2D)
-_SHAPES = 128  # of one kind of block: each channel count, picture size and set of factors is compiled once
+_SHAPES = 128  # of one block: each picture size and set of factors is compiled once
 
 
 @contextmanager
@@ -35,11 +36,25 @@ def compiled(unet: Any, wanted: bool) -> Iterator[None]:
         yield
         return
     blocks = [module for module in unet.modules() if isinstance(module, _REPEATED)]
-    with torch._dynamo.config.patch(recompile_limit=_SHAPES):
-        for block in blocks:
-            block.compile(dynamic=False, backend=BACKEND)
-        try:
+    for block in blocks:
+        block.forward = torch.compile(_own(block), dynamic=False, backend=BACKEND)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES):
             yield
-        finally:
-            for block in blocks:
-                block._compiled_call_impl = None
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _own(block: Any) -> MethodType:
+    """A block's forward with code of its own.
+
+    What is compiled is looked up by the code: blocks that share it would have the conditions of all others checked
+    before their own, at every call.
+    """
+    shared = type(block).forward
+    own = FunctionType(
+        shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__
+    )
+    own.__kwdefaults__ = shared.__kwdefaults__
+    return MethodType(own, block)

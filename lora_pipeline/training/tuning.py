@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.adapters.lora import LoraFactors
-from lora_pipeline.adapters.targets import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from lora_pipeline.adapters.targets import TEXT_ENCODER, TEXT_ENCODER_2
 from lora_pipeline.data.dataset import Example
-from lora_pipeline.injection import inject, tokens
 from lora_pipeline.injection.chance import Chance
-from lora_pipeline.injection.kinds import maker
-from lora_pipeline.injection.patterns import by_target, check_patterns
 from lora_pipeline.pretrained.adapted import strip
 from lora_pipeline.pretrained.encoding import tokenize
 from lora_pipeline.pretrained.engine import checkpointed, compiled
 from lora_pipeline.pretrained.inpainting import channels_given
 from lora_pipeline.training.cache import TensorCache
 from lora_pipeline.training.checks import check_encoders, check_task, located, repeats_of
-from lora_pipeline.training.draws import generator_for
 from lora_pipeline.training.encodings import Encoder, anchors_of
+from lora_pipeline.training.learnables import (
+    add_branches,
+    add_token,
+    chance_of,
+    factors_of,
+    magnitudes_of,
+    rows_of,
+)
 from lora_pipeline.training.loop import Report, StepLoss, train
-from lora_pipeline.training.losses import BRANCH
-from lora_pipeline.training.phases import FACTORS, INVERSION, TOKEN, TUNING, WEIGHTS, phases_of
-from lora_pipeline.training.placement import moved, placed
+from lora_pipeline.training.phases import FACTORS, TOKEN, WEIGHTS, phases_of
+from lora_pipeline.training.placement import placed
 from lora_pipeline.training.processes import together
 from lora_pipeline.training.room import check_room
 from lora_pipeline.training.stretches import Bench, Pools, stretch_of
@@ -41,11 +43,9 @@ from lora_pipeline.training.whole import learnt_weights, own_copies
 if TYPE_CHECKING:
     from lora_pipeline.adapters.adapter import Json
     from lora_pipeline.params import TrainParams
-    from lora_pipeline.params.training import AdapterParams
     from lora_pipeline.pretrained.components import Components
 
 Say = Callable[[str], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def tune(
         check_task(task, phases, mine.tokenizer)
         check_encoders(params, len(mine.readers))
         learning = frozenset[str]().union(*(phase.learns for phase in phases))
-        embeddings = _add_token(mine, task) if TOKEN in learning else {}
-        chance = _chance(params.adapter, task.seed)
+        embeddings = add_token(mine, task) if TOKEN in learning else {}
+        chance = chance_of(params.adapter, task.seed)
         if FACTORS in learning:
-            _add_branches(mine, task, chance)
+            add_branches(mine, task, chance)
         _check_lengths(mine, task)
         encodings = TensorCache(cache)
         pools = _pools(mine, task, encodings, say)
@@ -151,24 +151,9 @@ def tune(
             losses = train(stretches, work, params, _still(chance, validation.watching(told)), crew, say)
         encodings.shrink()
         weights = learnt_weights(mine, _text_learns(params)) if WEIGHTS in learning else {}
-        rows = [_rows(embeddings.get(encoder)) for encoder in (TEXT_ENCODER, TEXT_ENCODER_2)]
-        magnitudes = _of_all(mine, inject.collect_magnitudes)
-        return Tuned(_factors(mine), rows[0], losses, validation.losses(), weights, rows[1], magnitudes)
-
-
-def _factors(mine: Components) -> dict[str, LoraFactors]:
-    found = _of_all(mine, inject.collect)
-    return {target: moved(each, torch.device("cpu")) for target, each in found.items()}
-
-
-def _of_all(mine: Components, collect: Callable[[Any, str, str], dict[str, T]]) -> dict[str, T]:
-    """What is collected of all models, by target."""
-    parts = [collect(model, prefix, BRANCH) for prefix, model in mine.models.items()]
-    return {target: each for part in parts for target, each in part.items()}
-
-
-def _rows(embedding: tokens.PlaceholderEmbedding | None) -> dict[str, Tensor]:
-    return {} if embedding is None else {embedding.token: embedding.rows.detach().clone().cpu()}
+        rows = [rows_of(embeddings.get(encoder)) for encoder in (TEXT_ENCODER, TEXT_ENCODER_2)]
+        magnitudes = magnitudes_of(mine)
+        return Tuned(factors_of(mine), rows[0], losses, validation.losses(), weights, rows[1], magnitudes)
 
 
 def _still(chance: Chance | None, report: Report) -> Report:
@@ -235,60 +220,3 @@ def _check_lengths(mine: Components, task: Task) -> None:
     """Refuses captions that are too long."""
     for tokenizer, _ in mine.readers.values():
         tokenize(tokenizer, [example.caption for example in (*task.examples, *task.priors)])
-
-
-def _add_token(mine: Components, task: Task) -> dict[str, tokens.PlaceholderEmbedding]:
-    """The placeholder's rows by text encoder."""
-    assert task.token is not None
-    added = {}
-    for prefix, (tokenizer, encoder) in mine.readers.items():
-        purpose = f"token rows{prefix.removeprefix(TEXT_ENCODER)}"
-        rows = tokens.initial_rows(
-            tokenizer,
-            encoder,
-            task.params.token.initializer,
-            task.params.token.vectors,
-            generator_for(task.seed, INVERSION, 0, purpose),
-        )
-        added[prefix] = tokens.add_placeholder(tokenizer, encoder, task.token, rows)
-    return added
-
-
-def _chance(params: AdapterParams, seed: int) -> Chance | None:
-    """What branches leave out while they learn."""
-    if not (params.dropout or params.rank_dropout or params.module_dropout):
-        return None
-    return Chance(
-        params.dropout,
-        params.rank_dropout,
-        params.module_dropout,
-        lambda batch, purpose: generator_for(seed, TUNING, batch, f"dropout {purpose}"),
-    )
-
-
-def _add_branches(mine: Components, task: Task, chance: Chance | None) -> None:
-    params = task.params.adapter
-    targets = {
-        prefix: inject.select_targets(
-            model, prefix, params.unet_targets if prefix == UNET else params.text_encoder_targets
-        )
-        for prefix, model in mine.models.items()
-    }
-    check_patterns("adapter.ranks", params.ranks, targets)
-    check_patterns("adapter.alphas", params.alphas, targets)
-    for prefix, model in mine.models.items():
-        ranks = by_target(prefix, targets[prefix], params.rank, params.ranks)
-        alphas = by_target(prefix, targets[prefix], params.alpha, params.alphas)
-        if params.rank_stabilised:  # alpha / sqrt(rank) as alpha · sqrt(rank) / rank, which every reader knows
-            alphas = {target: alpha * math.sqrt(ranks[target]) for target, alpha in alphas.items()}
-        inject.inject_new(
-            model,
-            prefix,
-            targets[prefix],
-            BRANCH,
-            rank=ranks,
-            alpha=alphas,
-            generator=generator_for(task.seed, TUNING, 0, f"{prefix} factors"),
-            make=maker(params.kind, params.init, params.factor),
-            chance=chance,
-        )
