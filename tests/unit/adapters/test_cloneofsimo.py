@@ -49,7 +49,7 @@ def read_as_the_original_does(tensors: dict[str, Tensor], metadata: dict[str, st
         ranks = found.setdefault(model, [torch.empty(0)] * sizes[model])
         assert int(metadata[f"{model}:{index}:rank"]) == tensors[name].shape[1 if side == "up" else 0]
         ranks[2 * int(index) + (side == "down")] = tensors[name]
-        json.loads(metadata[model])
+    assert all(isinstance(json.loads(metadata[model]), list) for model in found)
     assert all(each.numel() for tensors in found.values() for each in tensors)
     return found
 
@@ -145,7 +145,8 @@ def test_the_original_reader_finds_every_change(targets: set[str], alpha: float)
             up, down = pairs[2 * index], pairs[2 * index + 1]
             if target in targets:
                 expected = adapter.factors[target].delta().flatten(1)
-                torch.testing.assert_close(up.flatten(1) @ down.flatten(1), expected, rtol=1e-5, atol=1e-5)
+                error = (up.flatten(1) @ down.flatten(1)).sub_(expected).abs_()
+                assert bool((error <= expected.abs_().add_(1.0).mul_(1e-5)).all())
             else:
                 assert not up.any()
 
