@@ -12,7 +12,7 @@ repro: .venv/.installed
 	$(BIN)/dvc repro
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --hypothesis-profile=thorough
 
 lint: .venv/.installed
 	$(BIN)/ruff check

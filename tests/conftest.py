@@ -8,8 +8,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # A busy machine is no failure: these two time the test, not the code.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", PATIENT, max_examples=25)
+settings.register_profile("thorough", PATIENT, max_examples=300)  # pytest --hypothesis-profile=thorough
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lora_pipeline.params.defaults import with_defaults
 from stages import app
 from stages.check import folders
 
+CommandLine = Callable[..., int]
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "from stages.app import main; main()"]
 
@@ -52,18 +54,20 @@ def test_help_lists_every_command_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["check", "compose", "convert"])
-def test_a_commands_help_has_three_examples(verb: str, tmp_path: Path) -> None:
-    done = lora_pipe(verb, "--help", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    examples = done.stdout.partition("Examples:")[2]
+def test_a_commands_help_has_three_examples(
+    verb: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line(verb, "--help") == 0
+    examples = capsys.readouterr().out.partition("Examples:")[2]
     assert len(re.findall(r"^ *(lora-pipe|dvc) ", examples, re.MULTILINE)) == 3
 
 
 @pytest.mark.parametrize("verb", ["score"])
-def test_the_commands_of_base_have_help(verb: str, tmp_path: Path) -> None:
-    done = lora_pipe("base", verb, "--help", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Examples:" in done.stdout
+def test_the_commands_of_base_have_help(
+    verb: str, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line("base", verb, "--help") == 0
+    assert "Examples:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [("trian",), ("base", "trian")])
@@ -73,8 +77,8 @@ def test_a_misspelt_command_is_told_the_right_one(arguments: tuple[str, ...], tm
     assert done.stderr == "error: trian: there is no such command\nfix: use train\n"
 
 
-def test_an_unknown_option_is_a_usage_error(tmp_path: Path) -> None:
-    assert lora_pipe("check", "--nonsense", folder=tmp_path).returncode == 2
+def test_an_unknown_option_is_a_usage_error(command_line: CommandLine) -> None:
+    assert command_line("check", "--nonsense") == 2
 
 
 def test_an_error_is_two_lines_and_its_code(tmp_path: Path) -> None:
@@ -85,42 +89,43 @@ def test_an_error_is_two_lines_and_its_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["base", "concepts.zorp.images", "renders.schedule.evaluate.judge"])
-def test_check_names_the_folder_that_is_not_there(key: str, tmp_path: Path) -> None:
+def test_check_names_the_folder_that_is_not_there(
+    key: str, tmp_path: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
     for name in folders(Params.model_validate(with_defaults(document))).values():
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(document), "utf-8")
-    assert lora_pipe("check", folder=tmp_path).returncode == 0
+    assert command_line("check") == 0
     *way, last = key.split(".")
     section = document
     for part in way:
         section = section[part]
     section[last] = "nowhere"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(document), "utf-8")
-    done = lora_pipe("check", folder=tmp_path)
-    assert done.returncode == 4
-    assert done.stderr.startswith(f"error: params.yaml: {key}: there is no folder nowhere\nfix: ")
+    assert command_line("check") == 4
+    assert capsys.readouterr().err.startswith(f"error: params.yaml: {key}: there is no folder nowhere\nfix: ")
 
 
 @pytest.mark.parametrize(
     ("weights", "said"),
     [({"IN4": 0.5}, "'IN4', which is no block"), ([1.0, 0.5], "has 2 numbers"), ({"IN04": 0.5, "*attn2*": 0.0}, None)],
 )
-def test_check_knows_blocks(weights: Any, said: str | None, tmp_path: Path) -> None:
+def test_check_knows_blocks(
+    weights: Any, said: str | None, tmp_path: Path, command_line: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
     for name in folders(Params.model_validate(with_defaults(document))).values():
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
     document["blends"]["zorp-sticker"]["block_weights"] = {"zorp": weights}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(document), "utf-8")
-    done = lora_pipe("check", folder=tmp_path)
-    assert done.returncode == (0 if said is None else 3)
-    assert (said or "") in done.stderr
+    assert command_line("check") == (0 if said is None else 3)
+    assert (said or "") in capsys.readouterr().err
 
 
-def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:
-    done = lora_pipe("--debug", "check", folder=tmp_path)
-    assert done.returncode == 4
-    assert "Traceback" in done.stderr
+def test_debug_shows_the_traceback_too(command_line: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line("--debug", "check") == 4
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_user_text_is_no_markup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

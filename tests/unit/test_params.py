@@ -292,7 +292,7 @@ def test_values_are_what_dvc_reads(tmp_path_factory: pytest.TempPathFactory, val
         ("\tseed: 7", "cannot start any token"),
         ("a: 1\n---\nb: 2", "another document"),
         ("? [a, b]\n: 1", "a key must be"),
-        ("a: " + "[" * 1500 + "]" * 1500, "nested"),
+        ("a: " + "[\n" * 1500 + "]" * 1500, "nested"),
     ],
 )
 def test_what_is_no_plain_yaml_is_refused(write: Write, text: str, said: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,7 +71,6 @@ def regauged(factors: LoraFactors, seed: int) -> LoraFactors:
     return LoraFactors(down, up, factors.alpha)
 
 
-@settings(max_examples=150, deadline=None)
 @given(drawn_parts())
 def test_the_change_of_a_sum_is_the_weighted_sum_of_the_changes(parts: list[Part]) -> None:
     composed = compose(parts)
@@ -175,7 +174,6 @@ def test_weights_of_text_encoder_and_blocks_reach_their_layers(make_adapter: Mak
     assert composed.factors[resnet].rank == second.factors[resnet].rank
 
 
-@settings(max_examples=60, deadline=None)
 @given(drawn_parts(), st.sampled_from([RankRule("rank", 2), RankRule("error", 0.3), RankRule("energy", 0.8)]))
 def test_the_residual_of_a_cut_is_the_true_one_and_within_its_bound(parts: list[Part], rule: RankRule) -> None:
     parts = [(name, adapter, weight) for name, adapter, weight in parts if abs(weight) > 0.1]

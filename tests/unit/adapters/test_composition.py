@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_pipeline.adapters.adapter import Adapter
@@ -33,7 +33,6 @@ def parts(draw: st.DrawFn) -> list[tuple[LoraFactors, float]]:
     return drawn
 
 
-@settings(max_examples=200, deadline=None)
 @given(parts())
 def test_the_change_is_the_weighted_sum_of_the_changes(drawn: list[tuple[LoraFactors, float]]) -> None:
     expected, size = torch.zeros(1, dtype=torch.float64), 0.0

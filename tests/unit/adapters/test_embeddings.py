@@ -88,14 +88,21 @@ def test_an_embedding_of_a_user_interface_is_read(tmp_path: Path) -> None:
     assert adapter.provenance == {"source_metadata": said}
 
 
-@pytest.mark.parametrize("given", ["lora.pt", "lora.text_encoder.pt", "lora.ti.pt"])
-def test_the_three_files_of_an_old_lora_are_one_adapter(tmp_path: Path, given: str) -> None:
+@pytest.fixture(scope="module")
+def old_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three files, of every layer that was learnt then."""
+    folder = tmp_path_factory.mktemp("old")
     shapes = [layers(SD1)[target] for target in unet_targets(UNET_CLASSES[0], LEGACY)]
     unet = [each for out, inn, *_ in shapes for each in (torch.ones(out, 2).half(), torch.full((2, inn), 0.5).half())]
-    torch.save(unet, tmp_path / "lora.pt")
-    torch.save([torch.ones(768, 1), torch.ones(1, 768)] * 48, tmp_path / "lora.text_encoder.pt")
-    torch.save({"<s1>": ROWS[0]}, tmp_path / "lora.ti.pt")
-    adapter = load_adapter(tmp_path / given, allow_pickle=True)
+    torch.save(unet, folder / "lora.pt")
+    torch.save([torch.ones(768, 1), torch.ones(1, 768)] * 48, folder / "lora.text_encoder.pt")
+    torch.save({"<s1>": ROWS[0]}, folder / "lora.ti.pt")
+    return folder
+
+
+@pytest.mark.parametrize("given", ["lora.pt", "lora.text_encoder.pt", "lora.ti.pt"])
+def test_the_three_files_of_an_old_lora_are_one_adapter(old_lora: Path, given: str) -> None:
+    adapter = load_adapter(old_lora / given, allow_pickle=True)
     assert len(adapter.factors) == 192
     assert adapter.provenance == {"order": LEGACY}
     factors = adapter.factors["unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"]

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -89,17 +90,24 @@ def adapter(**changes: object) -> Adapter:
     return Adapter({TO_K: LoraFactors(torch.ones(2, 768), torch.ones(6, 2), 1.0)}, **changes)  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True)
-def _folder(command_line: CommandLine) -> None:  # noqa: ARG001 - it changes into the folder
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good adapter, a base, and an old output that must stay as it is."""
-    save_adapter(adapter(), Path("good.safetensors"))
+    folder = tmp_path_factory.mktemp("files")
+    save_adapter(adapter(), folder / "good.safetensors")
     tensors = {f"{TO_K.removeprefix('unet.')}.weight": torch.ones(6, 768)}
-    write_tensors(Path("base/unet/diffusion_pytorch_model.safetensors"), tensors, {})
-    write_tensors(Path("base/text_encoder/model.safetensors"), {}, {})
-    Path("base/text_encoder/config.json").write_text("{}")
-    Path("out").write_bytes(b"old")
-    Path("merged").mkdir()
-    Path("merged/model_index.json").write_bytes(b"old")
+    write_tensors(folder / "base/unet/diffusion_pytorch_model.safetensors", tensors, {})
+    write_tensors(folder / "base/text_encoder/model.safetensors", {}, {})
+    (folder / "base/text_encoder/config.json").write_text("{}")
+    (folder / "out").write_bytes(b"old")
+    (folder / "merged").mkdir()
+    (folder / "merged/model_index.json").write_bytes(b"old")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _folder(files: Path, tmp_path: Path, command_line: CommandLine) -> None:  # noqa: ARG001 - it changes into it
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
 
 
 def assert_refused(code: int, expected: int, told: str, where: str, said: str, fix: str) -> None:

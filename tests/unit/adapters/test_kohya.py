@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import conv2d
@@ -156,7 +156,6 @@ def adapters(draw: st.DrawFn) -> Adapter:
     return Adapter(factors, draw(ROWS), provenance, foreign, draw(ROWS))
 
 
-@settings(max_examples=60)
 @given(adapters())
 def test_any_adapter_comes_back_whole(adapter: Adapter) -> None:
     tensors, metadata = render(adapter)

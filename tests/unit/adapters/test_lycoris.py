@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -56,7 +56,6 @@ def assert_change(name: str, tensors: Mapping[str, Tensor], whole: Tensor) -> in
     return factors.rank
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     rank=st.integers(1, 5), rows=st.integers(1, 12), columns=st.integers(1, 12), alpha=st.floats(-8, 8),
     seed=st.integers(0, 100),

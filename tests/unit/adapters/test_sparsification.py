@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,7 +47,6 @@ CASES = {
 }
 
 
-@settings(max_examples=150, deadline=None)
 @given(**CASES)
 def test_ties_is_the_paper_value_by_value(seed: int, count: int, shape: tuple[int, int], density: float) -> None:
     changes = drawn_changes(seed, count, shape)
@@ -56,7 +55,6 @@ def test_ties_is_the_paper_value_by_value(seed: int, count: int, shape: tuple[in
     torch.testing.assert_close(ties(changes, density), expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
 @given(**CASES)
 def test_magnitude_is_the_sum_of_the_largest(seed: int, count: int, shape: tuple[int, int], density: float) -> None:
     changes = drawn_changes(seed, count, shape)

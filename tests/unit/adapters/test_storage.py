@@ -154,7 +154,7 @@ def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:
         read_tensors(tmp_path / "pipe")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), cut=st.booleans())
 def test_a_flipped_byte_or_a_cut_is_read_or_refused(tmp_path: Path, position: float, value: int, cut: bool) -> None:
     path = tmp_path / "x"

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -54,7 +54,6 @@ def test_linear_for_any_leading_shape(shape: tuple[int, ...], generator: torch.G
     assert_equals_changed_weight(layer, base, torch.randn(shape, generator=generator), change)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     groups=st.sampled_from([1, 2, 4]),
     kernel=st.sampled_from([1, 3, (1, 3)]),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lora_pipeline.training.loop import train
 from lora_pipeline.training.phases import TUNING, Phase
 from lora_pipeline.training.processes import ALONE
 
+Undisturbed = Callable[[dict[str, Any]], list[float]]
 DATA = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
 
 
@@ -100,6 +103,17 @@ def test_the_average_is_what_is_kept(tmp_path: Path) -> None:
     assert not torch.equal(problem.weight, raw[-1])
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """What 12 steps learn that nothing stops."""
+
+    @cache
+    def learnt(changes: str) -> list[float]:
+        return run(tmp_path_factory.mktemp("undisturbed"), json.loads(changes)).values()
+
+    return lambda changes: learnt(json.dumps(changes))
+
+
 CHANGES = (
     {"optimiser.name": "prodigy", "optimiser.ema": 0.9},
     {"optimiser.name": "lion", "optimiser.accumulation": 2},
@@ -125,7 +139,7 @@ def stop_at(step: int) -> Callable[[int, dict[str, float]], None]:
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("stops", [(3,), (7, 11)])
 def test_stopped_and_started_again_it_learns_the_same(
-    tmp_path: Path, changes: dict[str, Any], stops: Sequence[int]
+    tmp_path: Path, changes: dict[str, Any], stops: Sequence[int], undisturbed: Undisturbed
 ) -> None:
     work = tmp_path / "stopped"
     work.mkdir()
@@ -133,12 +147,14 @@ def test_stopped_and_started_again_it_learns_the_same(
     for stop in stops:
         with pytest.raises(StoppedError):
             train([Regression().stretch(12)], work, params, stop_at(stop))
-    assert run(work, changes).values() == run(tmp_path / "undisturbed", changes).values()
+    assert run(work, changes).values() == undisturbed(changes)
 
 
 @pytest.mark.parametrize("changes", [{}, *CHANGES])
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, changes: dict[str, Any], finished: bool) -> None:
+def test_a_longer_run_goes_on_from_a_shorter_one(
+    tmp_path: Path, changes: dict[str, Any], finished: bool, undisturbed: Undisturbed
+) -> None:
     work = tmp_path / "grown"
     run(work, changes, steps=8)
     if finished:
@@ -149,7 +165,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, changes: dict[s
     losses = train([problem.stretch(12)], work, params, lambda step, _: taken.append(step))
     assert taken == [9, 10, 11, 12]
     assert len(losses) == 12
-    assert problem.values() == run(tmp_path / "straight", changes).values()
+    assert problem.values() == undisturbed(changes)
 
 
 def falling(step: int, steps: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_pipeline.training.draws import batch_indices
@@ -20,7 +20,6 @@ def order(pool: list[tuple[str, int]], batch_size: int, seed: int = 0) -> Order:
     return Order(shapes, repeats, batch_size, seed, "tuning", "instances")
 
 
-@settings(deadline=None)
 @given(pools, sizes)
 def test_every_batch_has_one_shape_and_every_picture_comes_as_often_as_it_is_repeated(
     pool: list[tuple[str, int]], batch_size: int
@@ -33,7 +32,6 @@ def test_every_batch_has_one_shape_and_every_picture_comes_as_often_as_it_is_rep
     assert visits == {index: batch_size * times for index, (_, times) in enumerate(pool)}
 
 
-@settings(deadline=None)
 @given(pools, sizes)
 def test_within_a_cycle_no_picture_gets_far_ahead(pool: list[tuple[str, int]], batch_size: int) -> None:
     buckets = Counter(shape for shape, times in pool for _ in range(times))
@@ -44,7 +42,6 @@ def test_within_a_cycle_no_picture_gets_far_ahead(pool: list[tuple[str, int]], b
         assert times * math.floor(expected) <= visits[index] <= times * math.ceil(expected)
 
 
-@settings(deadline=None)
 @given(pools, sizes, st.integers(0, 200))
 def test_any_step_is_reached_without_those_before(pool: list[tuple[str, int]], batch_size: int, step: int) -> None:
     walked = order(pool, batch_size)

@@ -16,13 +16,14 @@ from lora_pipeline.training.timesteps import levels_of
 WINDOWS = [(0.0, 1.0), (0.0, 0.8), (0.5, 1.0), (0.25, 0.5), (0.29, 0.3), (0.0, 0.001), (0.999, 1.0)]
 
 
-def drawn(window: tuple[float, float], logit_normal: bool, total: int = 1000, steps: int = 2000) -> Tensor:
+def drawn(window: tuple[float, float], logit_normal: bool, total: int = 1000, batch: int = 32) -> Tensor:
+    """Of enough steps for 8000 levels."""
     levels = levels_of(window, total, logit_normal, "tuning.timesteps")
-    return torch.stack([levels.drawn(4, generator_for(0, "a", step, "t")) for step in range(steps)])
+    return torch.stack([levels.drawn(batch, generator_for(0, "a", step, "t")) for step in range(8000 // batch)])
 
 
 def test_uniform_levels_are_uniform_and_spread() -> None:
-    found = drawn((0.0, 1.0), False, total=100)
+    found = drawn((0.0, 1.0), False, total=100, batch=4)
     assert found.min() == 0
     assert found.max() == 99
     for column in found.T:  # a uniform share of each quarter: 500 ± 4 standard errors
