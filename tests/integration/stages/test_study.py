@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.methods import means_of
+from benchmarks.methods import rows_of as compared
 from lora_pipeline.errors import ParamsError, UsageError
 from lora_pipeline.evaluation.measures import RESAMPLES
 from lora_pipeline.params import ConceptParams, load_params
@@ -128,3 +130,19 @@ def test_subjects_are_mascots() -> None:
     assert asked("mimo,zorp,mimo") == ["mimo", "zorp"]
     with pytest.raises(UsageError, match="zorg"):
         asked("zorg")
+
+
+def test_the_benchmark_sets_methods_beside_each_other_by_what_is_better() -> None:
+    means = {
+        arm.name: {"drift": 0.1 * place, "diversity": 0.5, "leak": 0.2, "similarity": 0.1 * place, "gap_closed": 0.4}
+        for place, arm in enumerate(ARMS, 1)
+    }
+    rows = {row.what: row for row in compared(means)}
+    drift = rows["drift, dreambooth against lora"]
+    assert (drift.ours, drift.peer, drift.ratio, drift.met) == (0.2, 0.1, 0.5, False)
+    likeness = rows["similarity, joint against ti"]
+    assert (likeness.ratio, likeness.met) == (pytest.approx(1.5), True)
+    assert rows["gap closed, pti against dreambooth"].met is False
+    document = {"rows": [{"subject": "all", "arm": "ti", "leak": {"mean": 0.5, "low": 0.4, "high": 0.6}},
+                         {"subject": "zorp", "arm": "ti", "leak": {"mean": 0.7, "low": 0.4, "high": 0.9}}]}  # fmt: skip
+    assert means_of(document) == {"ti": {"leak": 0.5}}

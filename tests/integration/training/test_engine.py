@@ -100,7 +100,7 @@ def test_float16_is_refused_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")  # the compiler's, of itself
-def test_compiled_blocks_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_unet_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "BACKEND", "aot_eager")  # all but writing C++, which takes minutes
     changes = {"adapter.unet_targets": ["*attn*.to_?", "*.conv1"], "tuning.steps": 3}
     plain = run(tmp_path / "plain", changes)
