@@ -141,7 +141,8 @@ def test_the_benchmark_sets_methods_beside_each_other_by_what_is_better() -> Non
     drift = rows["drift, dreambooth against lora"]
     assert (drift.ours, drift.peer, drift.ratio, drift.met) == (0.2, 0.1, 0.5, False)
     likeness = rows["similarity, joint against ti"]
-    assert (likeness.ratio, likeness.met) == (pytest.approx(1.5), True)
+    assert likeness.ratio == pytest.approx(1.5)
+    assert likeness.met is True
     assert rows["gap closed, pti against dreambooth"].met is False
     document = {"rows": [{"subject": "all", "arm": "ti", "leak": {"mean": 0.5, "low": 0.4, "high": 0.6}},
                          {"subject": "zorp", "arm": "ti", "leak": {"mean": 0.7, "low": 0.4, "high": 0.9}}]}  # fmt: skip
