@@ -56,7 +56,6 @@ ARMS = (
     Arm("pti", "pti", "pictures"),
     Arm("joint", "joint", "pictures"),
 )
-JOINT_RATE = 5.0e-3  # of the token where params.yaml gives none
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,8 @@ def total_steps(params: TrainParams) -> int:
 def arm_params(params: TrainParams, arm: Arm) -> TrainParams:
     """The arm's training: all methods take the same number of steps; `pti` divides them as `params` does.
 
+    The token of `joint` learns as in inversion where `params` has no rate for it in tuning.
+
     Raises:
         ParamsError: The arm wants class pictures, and `params` weighs them 0.
     """
@@ -98,7 +99,7 @@ def arm_params(params: TrainParams, arm: Arm) -> TrainParams:
     total = total_steps(params)
     inversion = {"pti": params.inversion.steps, "ti": total}.get(arm.method, 0)
     own = params.tuning.token_learning_rate
-    rate = {"joint": own or JOINT_RATE, "pti": own}.get(arm.method)
+    rate = {"joint": own or params.inversion.learning_rate, "pti": own}.get(arm.method)
     prior = {"weight": params.prior.weight, "target": arm.prior} if arm.prior else {"weight": 0.0}
     return params.model_copy(
         update={

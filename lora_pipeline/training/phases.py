@@ -95,7 +95,7 @@ def tuned_by(params: TrainParams) -> frozenset[str]:
     """
     rate = params.tuning.token_learning_rate
     if params.method == "joint" and rate is None:
-        fix = "give one, such as 5.0e-3, or use method pti"
+        fix = "give one, such as 2.0e-2, or use method pti"
         raise ParamsError("tuning.token_learning_rate", "is null, and method joint learns the token too", fix)
     if params.method not in ("joint", "pti") and rate is not None:
         problem = f"is {rate:g}, and method {params.method} does not learn the token there"
