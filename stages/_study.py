@@ -123,7 +123,7 @@ def paint(
     """Pictures uint8 (n, 64, 64, 3), with the settings that class pictures have."""
     return sample(
         components, prompts, seeds, steps=settings.steps, guidance_scale=settings.guidance_scale,
-        negative_prompt="", weights_at=None, batch=pictures_at_once(components),
+        negative_prompt="", weighting=None, batch=pictures_at_once(components),
     )  # fmt: skip
 
 

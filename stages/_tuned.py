@@ -69,7 +69,7 @@ def draw_samples(components: Components, section: ConceptParams, path: Path) -> 
         steps=section.priors.steps,
         guidance_scale=section.priors.guidance_scale,
         negative_prompt="",
-        weights_at=None,
+        weighting=None,
         batch=len(SAMPLE_SEEDS),
     )
     sheet = contact_sheet(images, [section.train.samples.prompt], [f"seed {seed}" for seed in SAMPLE_SEEDS])

@@ -106,7 +106,7 @@ def base_score(
         return np.asarray(
             sample(
                 components, prompts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, negative_prompt="",
-                weights_at=None, batch=pictures_at_once(components),
+                weighting=None, batch=pictures_at_once(components),
             )
         )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,27 +12,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_pipeline.errors import ParamsError, UsageError
-from lora_pipeline.params import Weight, load_params
+from lora_pipeline.params import WeightParams, load_params
 from stages._stage import PARAMS, entry, stage
 from stages._weighted import parse_weighted
 
 if TYPE_CHECKING:
     from lora_pipeline.adapters.adapter import Json
     from lora_pipeline.rendering.attachment import Attachment
+    from lora_pipeline.rendering.schedule import WeightSchedule
 
+Weight = float | list[tuple[float, float]] | WeightParams
 BY_HAND: dict[str, Any] = {"class_prompts": [], "seeds": [1], "steps": 20, "guidance_scale": 3.0, "negative_prompt": ""}
+ACTING: dict[str, Any] = {"combine": "sum", "switch_every": 1, "executor": "auto"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Adapters with their weights, and the fields of a PictureSet."""
+    """Adapters with their weights, the fields of a PictureSet, and how the adapters act together."""
 
     adapters: tuple[tuple[Path, Weight], ...]
     fields: Mapping[str, Any]
+    acting: Mapping[str, Any]
 
-    def weights(self) -> dict[str, Weight]:
-        """By adapter name."""
-        return {path.stem: weight for path, weight in self.adapters}
+    def weights(self) -> dict[str, Json]:
+        """By adapter name, as JSON."""
+        return {
+            path.stem: weight.model_dump(mode="json") if isinstance(weight, WeightParams) else weight
+            for path, weight in self.adapters
+        }
+
+    def told(self) -> dict[str, Json]:
+        """What a picture's recipe says of them; not the executor, which changes nothing."""
+        return {
+            "combine": self.acting["combine"],
+            "switch_every": self.acting["switch_every"],
+            "weights": self.weights(),
+        }
 
 
 def render(  # noqa: PLR0913 - the options of a command
@@ -61,7 +77,7 @@ def render(  # noqa: PLR0913 - the options of a command
     from lora_pipeline.adapters.fingerprint import base_fingerprint
     from lora_pipeline.keeping import file_digest
     from lora_pipeline.pretrained.components import load_components
-    from lora_pipeline.rendering.attachment import attach, check_placeholders
+    from lora_pipeline.rendering.attachment import acting, attach, check_placeholders
     from lora_pipeline.rendering.picture_set import PictureSet, write_set
 
     options = {
@@ -75,10 +91,10 @@ def render(  # noqa: PLR0913 - the options of a command
     def recipe() -> Recipe:
         if render_set and source:
             return recipe_of_set(render_set, source)
-        return Recipe(tuple(parse_weighted(files or [])), {**BY_HAND, **given})
+        return Recipe(tuple(parse_weighted(files or [])), {**BY_HAND, **given}, ACTING)
 
     def settings() -> dict[str, object]:
-        return {**recipe().fields, "weights": recipe().weights()}
+        return {**recipe().fields, **recipe().told(), **recipe().acting}
 
     now = recipe()
     inputs = [base, *(path for path, _ in now.adapters)]
@@ -87,17 +103,23 @@ def render(  # noqa: PLR0913 - the options of a command
         fingerprint = base_fingerprint(base)
         attachments = load_attachments(now, fingerprint)
         components = load_components(base)
-        weights_at = attach(components, attachments)
+        attach(components, attachments)
         prompts = [*pictures.prompts, *pictures.class_prompts, pictures.negative_prompt]
         check_placeholders(components.tokenizer, [each.adapter for each in attachments], prompts)
         origin: dict[str, Json] = {
             "adapters": {path.stem: file_digest(path) for path, _ in now.adapters},
             "base": fingerprint,
             "code": version("lora-pipeline"),
-            "weights": now.weights(),
+            **now.told(),
         }
-        with run.progress(len(pictures.rows) * len(pictures.seeds), "pictures") as advance:
-            write_set(components, pictures, weights_at, origin, run.building, advance)
+        combine, every, executor = now.acting.values()
+        how = {"combine": combine, "every": every, "executor": executor}
+        with (
+            _located(render_set),
+            acting(components, attachments, pictures.steps, **how) as weighting,
+            run.progress(len(pictures.rows) * len(pictures.seeds), "pictures") as advance,
+        ):
+            write_set(components, pictures, weighting, origin, run.building, advance)
         run.tracker.artifact(run.building / "sheet.png")
 
 
@@ -109,13 +131,14 @@ def recipe_of_set(name: str, source: Path) -> Recipe:
     """
     section = entry(load_params(PARAMS).renders, "renders", name)
     fields = section.model_dump(mode="json", include={"prompts", "seeds", *BY_HAND})
+    together = {name: getattr(section, name) for name in ACTING}
     weights = section.weights
     if source.is_dir():
-        return Recipe(tuple((source / f"{each}.safetensors", weights[each]) for each in sorted(weights)), fields)
+        return Recipe(tuple((source / f"{name}.safetensors", each) for name, each in weights.items()), fields, together)
     if set(weights) != {source.stem}:
         where, problem = f"params.yaml: renders.{name}.weights", f"weighs {', '.join(sorted(weights))}"
         raise ParamsError(where, f"{problem}, and {source} is {source.stem}", f"write {{{source.stem}: 1.0}}")
-    return Recipe(((source, weights[source.stem]),), fields)
+    return Recipe(((source, weights[source.stem]),), fields, together)
 
 
 def load_attachments(recipe: Recipe, base: str) -> list[Attachment]:
@@ -127,11 +150,29 @@ def load_attachments(recipe: Recipe, base: str) -> list[Attachment]:
     from lora_pipeline.adapters import load_adapter
     from lora_pipeline.adapters.adapter import check_base
     from lora_pipeline.rendering.attachment import Attachment
-    from lora_pipeline.rendering.schedule import schedule
 
     attachments = []
     for path, weight in recipe.adapters:
         adapter = load_adapter(path)
         check_base(str(path), adapter, base)
-        attachments.append(Attachment(path.stem, adapter, schedule(weight)))
+        attachments.append(Attachment(path.stem, adapter, _schedule(weight)))
     return attachments
+
+
+@contextmanager
+def _located(render_set: str | None) -> Iterator[None]:
+    """Gives errors about a set's weights the value's full path in params.yaml."""
+    try:
+        yield
+    except ParamsError as error:
+        if render_set is None or not error.where.startswith(("weights.", "combine")):
+            raise
+        raise ParamsError(f"params.yaml: renders.{render_set}.{error.where}", error.problem, error.fix) from None
+
+
+def _schedule(weight: Weight) -> WeightSchedule:
+    from lora_pipeline.rendering.schedule import schedule
+
+    if not isinstance(weight, WeightParams):
+        return schedule(weight)
+    return schedule(weight.knots, between=weight.between, window=weight.window, blocks=weight.blocks)

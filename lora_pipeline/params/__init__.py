@@ -18,9 +18,9 @@ from lora_pipeline.params.sections import (
     PreprocessParams,
     PriorsParams,
     RenderParams,
+    WeightParams,
 )
 from lora_pipeline.params.training import TrainParams
-from lora_pipeline.params.values import Weight
 from lora_pipeline.yaml_file import read_yaml
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "PriorsParams",
     "RenderParams",
     "TrainParams",
-    "Weight",
+    "WeightParams",
     "load_params",
     "suggestion",
 ]

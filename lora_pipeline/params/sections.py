@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.params.faults import suggestion
@@ -13,6 +13,7 @@ from lora_pipeline.params.values import (
     AtLeastOne,
     Count,
     Float,
+    Knots,
     Name,
     NotNegative,
     Positive,
@@ -20,7 +21,7 @@ from lora_pipeline.params.values import (
     RelativePath,
     Section,
     Text,
-    Weight,
+    Window,
 )
 
 
@@ -102,11 +103,37 @@ class EvaluateParams(Section):
     judge: RelativePath
 
 
+class WeightParams(Section):
+    """A weight over steps and layers, see rendering/schedule.py."""
+
+    knots: Float | Knots
+    between: Literal["hold", "linear", "cosine"]
+    window: Window
+    blocks: dict[Text, Float] | list[Float]
+
+
+def _form(weight: Any) -> str:
+    """Which of its forms a weight is meant to be, so that its faults are told of that one."""
+    if isinstance(weight, dict | Section):
+        return "schedule[]"
+    return "knots[]" if isinstance(weight, list) else "number[]"
+
+
+# A number, knots, or all that can be said.
+Weight = Annotated[
+    Annotated[Float, Tag("number[]")] | Annotated[Knots, Tag("knots[]")] | Annotated[WeightParams, Tag("schedule[]")],
+    Discriminator(_form),
+]
+
+
 class RenderParams(Section):
     """A set of pictures: prompts by seeds."""
 
     source: RelativePath
     weights: Annotated[dict[Name, Weight], Field(min_length=1)]
+    combine: Literal["sum", "switch", "composite", "k_lora"]
+    switch_every: AtLeastOne
+    executor: Literal["auto", "fuse", "cache", "gate"]
     prompts: Annotated[list[Text], Field(min_length=1)]
     class_prompts: list[Text]
     seeds: Annotated[list[Count], Field(min_length=1)]

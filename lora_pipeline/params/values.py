@@ -37,6 +37,12 @@ def _sorted_knots(knots: list[tuple[float, float]]) -> list[tuple[float, float]]
     return knots
 
 
+def _window(window: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= window[0] <= window[1] <= 1:
+        raise ValueError("a window is [start, end] of progress, both from 0 to 1")
+    return window
+
+
 def _one_rule(rule: dict[str, float]) -> dict[str, float]:
     kinds = sorted(set(rule) - {"max_rank"})
     if len(kinds) != 1 or kinds[0] not in ("energy", "error", "ratio", "threshold"):
@@ -61,7 +67,8 @@ RankChoice = AtLeastOne | Annotated[dict[str, Float], AfterValidator(_one_rule)]
 # YAML has lists where Python would have tuples.
 Knot = Annotated[tuple[Float, Float], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Knots = Annotated[list[Knot], Field(min_length=1), AfterValidator(_sorted_knots)]
-Weight = Float | Knots
+# Of progress: from 0, the first denoising step, to 1, the last.
+Window = Annotated[Knot, AfterValidator(_window)]
 
 
 class Section(BaseModel):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from lora_pipeline.errors import ParamsError
 from lora_pipeline.params import suggestion
 from lora_pipeline.pretrained.adapted import add_adapter
 from lora_pipeline.pretrained.components import Components
-from lora_pipeline.rendering.schedule import ScheduledWeights, WeightSchedule
+from lora_pipeline.rendering.schedule import WeightSchedule
+from lora_pipeline.rendering.weighting import Weighting, weighted
 
 _PLACEHOLDER = re.compile(r"<[^<>\s]+>")
 _SPECIAL = "<|"
@@ -20,22 +22,19 @@ _SPECIAL = "<|"
 
 @dataclass(frozen=True)
 class Attachment:
-    """An adapter, the name it goes by, and how strongly it acts when."""
+    """An adapter, the name it goes by, and how strongly it acts when and where."""
 
     name: str
     adapter: Adapter
     schedule: WeightSchedule
 
 
-def attach(components: Components, attachments: Sequence[Attachment]) -> ScheduledWeights:
+def attach(components: Components, attachments: Sequence[Attachment]) -> None:
     """Adds adapters' tokens and branches to a base.
 
     Args:
         components: The base; it is changed.
         attachments: The adapters, made for this base (see `adapters.adapter.check_base`).
-
-    Returns:
-        What `sample` tells its progress to.
 
     Raises:
         CorruptError: An adapter does not fit the base.
@@ -47,7 +46,20 @@ def attach(components: Components, attachments: Sequence[Attachment]) -> Schedul
             raise ParamsError(name, "names two adapters", "give each adapter its own name")
     for each in attachments:
         add_adapter(components, each.adapter, each.name)
-    return ScheduledWeights(tuple(components.models.values()), {each.name: each.schedule for each in attachments})
+
+
+@contextmanager
+def acting(
+    components: Components, attachments: Sequence[Attachment], steps: int, *, combine: str, every: int, executor: str
+) -> Iterator[Weighting | None]:
+    """Inside, attached adapters act as their schedules say; None where there are none. See `weighted`."""
+    if not attachments:
+        yield None
+        return
+    adapters = {each.name: each.adapter for each in attachments}
+    schedules = {each.name: each.schedule for each in attachments}
+    with weighted(components, adapters, schedules, steps, combine=combine, every=every, executor=executor) as weighting:
+        yield weighting
 
 
 def check_placeholders(tokenizer: Any, adapters: Sequence[Adapter], prompts: Sequence[str]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from lora_pipeline.adapters.adapter import Json
 from lora_pipeline.pretrained.components import Components
 from lora_pipeline.rendering.records import write_picture
-from lora_pipeline.rendering.sampling import WeightsAt, pictures_at_once, sample
+from lora_pipeline.rendering.sampling import pictures_at_once, sample
 from lora_pipeline.rendering.sheet import contact_sheet
+from lora_pipeline.rendering.weighting import Weighting
 
 PROMPT, CLASS = "prompt", "class"
 
@@ -45,7 +46,7 @@ class PictureSet:
 def write_set(
     components: Components,
     pictures: PictureSet,
-    weights_at: WeightsAt | None,
+    weighting: Weighting | None,
     origin: Mapping[str, Json],
     out: Path,
     advance: Callable[[int], None] | None = None,
@@ -55,7 +56,7 @@ def write_set(
     Args:
         components: The base, with its adapters attached.
         pictures: What to draw.
-        weights_at: What drives the adapters' weights.
+        weighting: The adapters' weights.
         origin: What the recipe in every picture says besides: base, adapters, weights.
         out: A folder; made.
         advance: Is told how many pictures are drawn.
@@ -76,7 +77,7 @@ def write_set(
         steps=pictures.steps,
         guidance_scale=pictures.guidance_scale,
         negative_prompt=pictures.negative_prompt,
-        weights_at=weights_at,
+        weighting=weighting,
         batch=pictures_at_once(components),
         advance=advance,
     )

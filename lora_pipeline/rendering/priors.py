@@ -82,7 +82,7 @@ def _draw_block(components: Components, params: PriorsParams, seed: int, start: 
         steps=params.steps,
         guidance_scale=params.guidance_scale,
         negative_prompt="",
-        weights_at=None,
+        weighting=None,
         batch=sampling.pictures_at_once(components),
     )
     for index, image in zip(indices, images, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,8 +22,9 @@ from lora_pipeline.pretrained.denoising import Conditioning, Denoiser, joined
 from lora_pipeline.pretrained.encoding import encode_prompts
 from lora_pipeline.pretrained.latents import decode_latents, pixels_a_cell
 from lora_pipeline.pretrained.threads import is_small
+from lora_pipeline.rendering.weighting import Weighting, unweighted
 
-WeightsAt = Callable[[float], None]
+States = Mapping[tuple[int, str], Conditioning]  # by text row and prompt
 LATENT_CELLS = 4096  # of all pictures of a batch
 _PAIR = ThreadPoolExecutor(2, "guidance", initializer=torch.set_num_threads, initargs=(1,))  # starts no thread yet
 
@@ -33,7 +34,7 @@ class _Settings:
     steps: int
     guidance_scale: float
     negative_prompt: str
-    weights_at: WeightsAt
+    weighting: Weighting
 
 
 @torch.inference_mode()
@@ -45,7 +46,7 @@ def sample(  # noqa: PLR0913 - everything that decides a picture
     steps: int,
     guidance_scale: float,
     negative_prompt: str,
-    weights_at: WeightsAt | None,
+    weighting: Weighting | None,
     batch: int,
     advance: Callable[[int], None] | None = None,
 ) -> np.ndarray:
@@ -61,8 +62,8 @@ def sample(  # noqa: PLR0913 - everything that decides a picture
         steps: Denoising steps, from 1 to the steps the base was trained with.
         guidance_scale: At 1 and below there is no guidance, and the negative prompt has no effect.
         negative_prompt: What the pictures are guided away from; may be empty.
-        weights_at: Is told the progress, from 0 at the first step to 1 at the last, before every step. The prompts are
-            encoded once, after it was told 0.
+        weighting: Which weights adapters have in which step; None leaves them as they are. Prompts are encoded once
+            for each of its rows of the text encoders.
         batch: How many pictures are drawn together.
         advance: Is told how many pictures are done.
 
@@ -75,10 +76,8 @@ def sample(  # noqa: PLR0913 - everything that decides a picture
     most = components.scheduler.config.num_train_timesteps
     if not 1 <= steps <= most:
         raise ParamsError("steps", f"is {steps}", f"use 1 to {most}")
-    settings = _Settings(steps, guidance_scale, negative_prompt, weights_at or _ignore)
-    settings.weights_at(0.0)
-    # One at a time, so that a prompt's states do not depend on the other prompts.
-    states = {prompt: encode_prompts(components, [prompt]) for prompt in {negative_prompt, *prompts}}
+    settings = _Settings(steps, guidance_scale, negative_prompt, weighting or unweighted(steps))
+    states = _encoded(components, {negative_prompt, *prompts}, settings.weighting)
     pictures = [np.empty((0, *_size(components), 3), dtype=np.uint8)]
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
@@ -86,6 +85,15 @@ def sample(  # noqa: PLR0913 - everything that decides a picture
         if advance is not None:
             advance(start + len(prompts[part]))
     return np.concatenate(pictures)
+
+
+def _encoded(components: Components, prompts: Collection[str], weighting: Weighting) -> States:
+    """Prompts as each row of the text encoders reads them; one at a time, so that none depends on the others."""
+    states: dict[tuple[int, str], Conditioning] = {}
+    for row in sorted({text for step in weighting.steps for _, text in step}):
+        weighting.use_text(row)
+        states |= {(row, prompt): encode_prompts(components, [prompt]) for prompt in prompts}
+    return states
 
 
 def picture_generator(seed: int, purpose: str) -> Generator:
@@ -108,7 +116,7 @@ def initial_latents(components: Components, seeds: Sequence[int]) -> Tensor:
 
 def _draw(
     components: Components,
-    states: Mapping[str, Conditioning],
+    states: States,
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: _Settings,
@@ -118,21 +126,41 @@ def _draw(
     options = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = [picture_generator(seed, "steps") for seed in seeds]
-    denoise = Denoiser(components)
-    wanted = joined([states[prompt] for prompt in prompts])
-    unwanted = states[settings.negative_prompt][[0] * len(prompts)]
+    asked = _Asked(Denoiser(components), states, prompts, settings)
     latents = initial_latents(components, seeds) * scheduler.init_noise_sigma
-    last = max(1, len(scheduler.timesteps) - 1)  # some schedulers take a step more than asked
+    order = getattr(scheduler, "order", 1)
     for index, timestep in enumerate(scheduler.timesteps):
-        settings.weights_at(index / last)
         model_input = scheduler.scale_model_input(latents, timestep)
-        if settings.guidance_scale > 1:
-            away, towards = _two_predictions(denoise, model_input, timestep, unwanted, wanted)
-            prediction = away + settings.guidance_scale * (towards - away)
-        else:
-            prediction = denoise(model_input, timestep, wanted)
+        # Samplers of second order ask twice in a step; some take a step more than they were told.
+        prediction = asked.prediction(min(index // order, settings.steps - 1), model_input, timestep)
         latents = scheduler.step(prediction.to(latents), timestep, latents, **options).prev_sample
     return _to_bytes(decode_latents(components.vae, latents).cpu())
+
+
+class _Asked:
+    """What the base says to the prompts of a batch, with the weights of a step."""
+
+    def __init__(self, denoise: Denoiser, states: States, prompts: Sequence[str], settings: _Settings) -> None:
+        self.denoise = denoise
+        self.settings = settings
+        rows = {row for row, _ in states}
+        self.wanted = {row: joined([states[row, prompt] for prompt in prompts]) for row in rows}
+        self.unwanted = {row: states[row, settings.negative_prompt][[0] * len(prompts)] for row in rows}
+
+    def prediction(self, step: int, latents: Tensor, timestep: Tensor) -> Tensor:
+        """The mean over the step's rows."""
+        said = []
+        for row, text_row in self.settings.weighting.steps[step]:
+            self.settings.weighting.use(row)
+            said.append(self._guided(latents, timestep, text_row))
+        return said[0] if len(said) == 1 else torch.stack(said).mean(dim=0)
+
+    def _guided(self, latents: Tensor, timestep: Tensor, text_row: int) -> Tensor:
+        wanted, scale = self.wanted[text_row], self.settings.guidance_scale
+        if scale <= 1:
+            return self.denoise(latents, timestep, wanted)
+        away, towards = _two_predictions(self.denoise, latents, timestep, self.unwanted[text_row], wanted)
+        return away + scale * (towards - away)
 
 
 def _two_predictions(
@@ -167,7 +195,3 @@ def _size(components: Components) -> tuple[int, int]:
     height, width = _latent_size(components)
     scale = pixels_a_cell(components.vae)
     return height * scale, width * scale
-
-
-def _ignore(_: float) -> None:
-    """Without schedules the weights stay as they are."""

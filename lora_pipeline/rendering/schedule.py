@@ -1,59 +1,58 @@
-"""How strongly an adapter acts, over the denoising of a picture."""
+"""How strongly an adapter acts, over the denoising of a picture and over the layers of a base."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
-from torch import nn
+from lora_pipeline.adapters.blocks import BlockWeights
 
-from lora_pipeline.injection.inject import set_weights
+# How far the way from one knot to the next is gone, by the share of the progress between them.
+BETWEEN: Mapping[str, Callable[[float], float]] = {
+    "hold": lambda share: float(share >= 1.0),
+    "linear": lambda share: share,
+    "cosine": lambda share: (1.0 - math.cos(math.pi * share)) / 2.0,
+}
 
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """A weight over progress: linear between knots, constant before the first and after the last.
+    """A weight over progress, from knot to knot, constant before the first and after the last.
 
     Args:
         knots: (progress, weight), at least one, progress rising.
+        between: One of `BETWEEN`: `hold` stays at a knot's weight until the next, `linear` leads straight there,
+            `cosine` with a soft start and end.
+        window: (start, end) of progress; outside it the weight is 0.
+        blocks: Factors by block or layer, see `adapters.blocks.block_factors`.
     """
 
     knots: tuple[tuple[float, float], ...]
+    between: str = "linear"
+    window: tuple[float, float] = (0.0, 1.0)
+    blocks: BlockWeights = field(default_factory=dict)
 
     def at(self, progress: float) -> float:
         """The weight at `progress`, in [0, 1]: 0 is the first denoising step, 1 the last."""
+        if not self.window[0] <= progress <= self.window[1]:
+            return 0.0
         if progress <= self.knots[0][0]:
             return self.knots[0][1]
         for (start, before), (stop, after) in pairwise(self.knots):
             if progress <= stop:
-                share = (progress - start) / (stop - start)
+                share = BETWEEN[self.between]((progress - start) / (stop - start))
                 return before * (1.0 - share) + after * share  # exact at both knots
         return self.knots[-1][1]
 
 
-def schedule(weight: float | Sequence[tuple[float, float]]) -> WeightSchedule:
-    """A number is a constant; anything else are knots."""
-    return WeightSchedule(((0.0, float(weight)),) if isinstance(weight, int | float) else tuple(weight))
+def schedule(weight: float | Sequence[tuple[float, float]], **options: object) -> WeightSchedule:
+    """A number is a constant; anything else are knots. The options are those of `WeightSchedule`."""
+    knots = ((0.0, float(weight)),) if isinstance(weight, int | float) else tuple(weight)
+    return WeightSchedule(knots, **options)  # type: ignore[arg-type]  # checked where they are read
 
 
-class ScheduledWeights:
-    """Keeps the weights of injected adapters at what their schedules say; to be called with the progress.
-
-    Args:
-        models: The UNet and the text encoders.
-        schedules: By the name an adapter was injected under.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], schedules: Mapping[str, WeightSchedule]) -> None:
-        self._models = models
-        self._schedules = schedules
-        self._current: dict[str, float] | None = None
-
-    def __call__(self, progress: float) -> None:
-        """Sets the weights for `progress`, in [0, 1]."""
-        weights = {name: each.at(progress) for name, each in self._schedules.items()}
-        if weights != self._current:
-            for model in self._models:
-                set_weights(model, weights)
-            self._current = weights
+def progresses(steps: int) -> list[float]:
+    """The progress of each step: 0 at the first, 1 at the last."""
+    return [index / max(1, steps - 1) for index in range(steps)]

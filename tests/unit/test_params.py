@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lora_pipeline.adapters.ranks import rank_rule
 from lora_pipeline.errors import MissingError, ParamsError
-from lora_pipeline.params import Params, load_params
+from lora_pipeline.params import Params, WeightParams, load_params
 from lora_pipeline.params.defaults import with_defaults
 from lora_pipeline.yaml_file import LARGEST_BYTES, read_yaml
 
@@ -57,7 +57,10 @@ def refusal(path: Path) -> ParamsError:
 def test_the_shipped_file_is_sound(write: Write) -> None:
     params = load_params(write(SHIPPED))
     assert set(params.concepts) == {"zorp", "sticker"}
-    assert params.renders["schedule"].weights["sticker"] == [(0.0, 0.0), (0.2, 0.0), (0.5, 1.1), (1.0, 1.1)]
+    sticker = params.renders["schedule"].weights["sticker"]
+    assert isinstance(sticker, WeightParams)
+    assert sticker.knots == [(0.0, 0.0), (0.2, 0.0), (0.5, 1.1), (1.0, 1.1)]
+    assert (sticker.between, sticker.window) == ("linear", (0.0, 1.0))
 
 
 def test_params_cannot_be_changed(write: Write) -> None:
@@ -82,6 +85,10 @@ def test_params_cannot_be_changed(write: Write) -> None:
             "less than 1",
         ),
         ("[0.2, 0.0], [0.5, 1.1]", "[0.5, 0.0], [0.2, 1.1]", "renders.schedule.weights.sticker", "rising"),
+        ("between: linear", "between: bezier", "renders.schedule.weights.sticker", "found 'bezier'"),
+        ("window: [0.0, 1.0]", "window: [0.9, 0.1]", "renders.schedule.weights.sticker", "start, end"),
+        ("combine: sum            #", "combine: mean  #", "renders.zorp.combine", "found 'mean'"),
+        ("executor: auto          #", "executor: fast  #", "renders.zorp.executor", "found 'fast'"),
         ("rank: null  ", "rank: 0  ", "defaults.extract.rank", "1, found 0"),
         ("rank: null  ", "rank: {energy: 1.5}  ", "defaults.extract.rank", "above 0 and below 1"),
         ("rank: null  ", "rank: {energy: 0.0}  ", "defaults.extract.rank", "above 0 and below 1"),

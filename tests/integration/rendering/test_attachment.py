@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,31 +9,39 @@ import pytest
 from lora_pipeline.adapters.adapter import Adapter
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.pretrained.components import Components
-from lora_pipeline.rendering.attachment import Attachment, attach, check_placeholders
-from lora_pipeline.rendering.sampling import WeightsAt, sample
+from lora_pipeline.rendering.attachment import Attachment, acting, attach, check_placeholders
+from lora_pipeline.rendering.sampling import sample
 from lora_pipeline.rendering.schedule import schedule
+from lora_pipeline.rendering.weighting import Weighting
+
+SUM: dict[str, Any] = {"combine": "sum", "every": 1, "executor": "auto"}
 
 
-def drawn(components: Components, weights_at: WeightsAt | None, prompt: str = "a dog") -> np.ndarray:
+def drawn(components: Components, prompt: str = "a dog", weighting: Weighting | None = None) -> np.ndarray:
     return sample(
-        components, [prompt] * 2, [1, 2], steps=3, guidance_scale=2.0, negative_prompt="", weights_at=weights_at,
-        batch=2,
-    )  # fmt: skip
+        components, [prompt] * 2, [1, 2], steps=3, guidance_scale=2.0, negative_prompt="", weighting=weighting, batch=2
+    )
+
+
+def drawn_with(components: Components, attachments: list[Attachment], prompt: str = "a dog") -> np.ndarray:
+    with acting(components, attachments, 3, **SUM) as weighting:
+        return drawn(components, prompt, weighting)
 
 
 def test_weight_0_is_the_base_bit_for_bit_and_weight_1_is_not(components: Components, adapter: Adapter) -> None:
-    base = drawn(components, None)
-    attach(components, [Attachment("zorp", adapter, schedule(0.0))])(0.0)
-    np.testing.assert_array_equal(drawn(components, None), base)
-    attach(components, [Attachment("again", replace(adapter, embeddings={}), schedule(1.0))])(0.0)
-    assert (drawn(components, None) != base).any()
+    base = drawn(components)
+    zorp = Attachment("zorp", adapter, schedule(0.0))
+    attach(components, [zorp])
+    np.testing.assert_array_equal(drawn_with(components, [zorp]), base)
+    assert (drawn_with(components, [replace(zorp, schedule=schedule(1.0))]) != base).any()
 
 
 def test_a_schedule_acts_between_its_ends(components: Components, adapter: Adapter) -> None:
-    weights_at = attach(components, [Attachment("zorp", adapter, schedule([(0.0, 0.0), (1.0, 1.0)]))])
-    ramp, late = drawn(components, weights_at), drawn(components, weights_at)
-    np.testing.assert_array_equal(ramp, late)  # every batch starts at progress 0 again
-    ends = [drawn(components, lambda _, at=end: weights_at(at)) for end in (0.0, 1.0)]  # type: ignore[misc]  # mypy cannot type a lambda's default
+    zorp = Attachment("zorp", adapter, schedule([(0.0, 0.0), (1.0, 1.0)]))
+    attach(components, [zorp])
+    ramp, again = (drawn_with(components, [zorp]) for _ in range(2))
+    np.testing.assert_array_equal(ramp, again)
+    ends = [drawn_with(components, [replace(zorp, schedule=schedule(end))]) for end in (0.0, 1.0)]
     assert all((ramp != end).any() for end in ends)
 
 

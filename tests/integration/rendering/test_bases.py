@@ -65,7 +65,7 @@ def diffusers_draws(pipeline: Any, components: Components, prompts: list[str], n
 
 def drawn(components: Components, prompts: list[str], negative: str = "") -> np.ndarray:
     return sample(
-        components, prompts, SEEDS, steps=4, guidance_scale=3.0, negative_prompt=negative, weights_at=None, batch=2
+        components, prompts, SEEDS, steps=4, guidance_scale=3.0, negative_prompt=negative, weighting=None, batch=2
     )
 
 

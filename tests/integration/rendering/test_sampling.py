@@ -12,12 +12,13 @@ from diffusers import StableDiffusionPipeline
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.pretrained.components import SCHEDULERS, Components
 from lora_pipeline.rendering.sampling import initial_latents, picture_generator, sample
+from lora_pipeline.rendering.weighting import Weighting
 
 PROMPTS, SEEDS = ["a creature", "a dog", "a dog"], [1, 2, 3]
 
 
 def drawn(components: Components, prompts: list[str] = PROMPTS, seeds: list[int] = SEEDS, **changes: Any) -> np.ndarray:
-    options = {"steps": 4, "guidance_scale": 3.0, "negative_prompt": "", "weights_at": None, "batch": 3}
+    options = {"steps": 4, "guidance_scale": 3.0, "negative_prompt": "", "weighting": None, "batch": 3}
     return sample(components, prompts, seeds, **(options | changes))  # type: ignore[arg-type]  # values of many kinds
 
 
@@ -77,11 +78,11 @@ def test_pictures_come_in_order_whatever_the_batch(components: Components) -> No
     assert done == [2, 3]
 
 
-def test_progress_runs_from_0_to_1_in_every_batch(components: Components) -> None:
-    told: list[float] = []
-    drawn(components, batch=2, weights_at=told.append)
-    one = [0.0, 1 / 3, 2 / 3, 1.0]
-    assert told == pytest.approx([0.0, *one, *one])
+def test_every_batch_goes_through_all_steps_and_their_rows(components: Components) -> None:
+    used: list[int] = []
+    steps = [[(0, 0)], [(1, 0), (2, 0)], [(1, 0)], [(0, 0)]]
+    drawn(components, batch=2, weighting=Weighting(steps, used.append, lambda _: None))
+    assert used == [0, 1, 2, 1, 0] * 2
 
 
 def test_without_prompts_there_are_no_pictures_of_the_right_size(components: Components) -> None:
@@ -103,8 +104,8 @@ def test_steps_out_of_range_are_refused(components: Components, steps: int) -> N
 
 
 def test_a_picture_that_overflows_is_refused(components: Components) -> None:
-    def explode(_: float) -> None:
+    def explode(_: int) -> None:
         components.unet.conv_out.weight.data.fill_(float("inf"))
 
     with pytest.raises(ParamsError, match="overflow"):
-        drawn(components, weights_at=explode)
+        drawn(components, weighting=Weighting([[(0, 0)]] * 4, explode, lambda _: None))

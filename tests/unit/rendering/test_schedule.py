@@ -2,14 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-from lora_pipeline.injection.inject import inject_new
-from lora_pipeline.injection.layers import LoraInjectedLinear
-from lora_pipeline.rendering.schedule import ScheduledWeights, schedule
+from lora_pipeline.rendering.schedule import BETWEEN, WeightSchedule, schedule
 
 WEIGHTS = st.floats(-4, 4)
 PLACES = st.lists(st.integers(0, 1000), min_size=1, max_size=6, unique=True).map(sorted)
@@ -36,17 +32,22 @@ def test_a_number_is_constant(weight: float, progress: float) -> None:
     assert schedule(weight).at(progress) == weight
 
 
-def test_models_are_touched_only_when_a_weight_changes() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    inject_new(model, "unet", ["unet.0"], "zorp", rank=1, alpha=1.0, generator=torch.Generator())
-    layer = model[0]
-    assert isinstance(layer, LoraInjectedLinear)
-    weights_at = ScheduledWeights([model], {"zorp": schedule([(0.5, 0.0), (1.0, 2.0)])})
-    seen = []
-    for progress in (0.0, 0.4, 0.75, 1.0, 0.0):
-        weights_at(progress)
-        seen.append(layer.branches["zorp"].weight)
-    assert seen == [0.0, 0.0, 1.0, 2.0, 0.0]
-    layer.branches["zorp"].weight = 7.0
-    weights_at(0.25)  # the same weight as before
-    assert layer.branches["zorp"].weight == 7.0
+@given(knots(), st.floats(0, 1))
+def test_every_way_between_knots_stays_between_them(knots: list[tuple[float, float]], progress: float) -> None:
+    weights = [weight for _, weight in knots]
+    for between in BETWEEN:
+        told = WeightSchedule(tuple(knots), between)
+        assert min(weights) - 1e-9 <= told.at(progress) <= max(weights) + 1e-9
+        assert [told.at(place) for place, _ in knots] == pytest.approx(weights)
+
+
+def test_hold_waits_and_cosine_is_soft() -> None:
+    ends = ((0.0, 0.0), (1.0, 2.0))
+    assert [WeightSchedule(ends, "hold").at(place) for place in (0.0, 0.99, 1.0)] == [0.0, 0.0, 2.0]
+    assert WeightSchedule(ends, "cosine").at(0.25) == pytest.approx(1 - np.cos(np.pi / 4))
+    assert WeightSchedule(ends, "cosine").at(0.5) == pytest.approx(1.0)
+
+
+def test_outside_its_window_an_adapter_is_off() -> None:
+    told = schedule(1.5, window=(0.2, 0.6))
+    assert [told.at(place) for place in (0.0, 0.19, 0.2, 0.6, 0.61, 1.0)] == [0, 0, 1.5, 1.5, 0, 0]
