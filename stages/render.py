@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from lora_pipeline.rendering.schedule import WeightSchedule
 
 Weight = float | list[tuple[float, float]] | WeightParams
-BY_HAND: dict[str, Any] = {"class_prompts": [], "seeds": [1], "steps": 20, "guidance_scale": 3.0, "negative_prompt": ""}
+BY_HAND: dict[str, Any] = {
+    "class_prompts": [], "seeds": [1], "steps": 20, "guidance_scale": 3.0, "guidance_rescale": 0.0,
+    "negative_prompt": "",
+}  # fmt: skip
+SAMPLER: dict[str, Any] = {"sampler": None, "sampler_options": {}}
 ACTING: dict[str, Any] = {"combine": "sum", "switch_every": 1, "executor": "auto"}
 
 
@@ -33,6 +37,7 @@ class Recipe:
     adapters: tuple[tuple[Path, Weight], ...]
     fields: Mapping[str, Any]
     acting: Mapping[str, Any]
+    sampler: Mapping[str, Any]
 
     def weights(self) -> dict[str, Json]:
         """By adapter name, as JSON."""
@@ -43,11 +48,8 @@ class Recipe:
 
     def told(self) -> dict[str, Json]:
         """What a picture's recipe says of them; not the executor, which changes nothing."""
-        return {
-            "combine": self.acting["combine"],
-            "switch_every": self.acting["switch_every"],
-            "weights": self.weights(),
-        }
+        together = {name: self.acting[name] for name in ("combine", "switch_every")}
+        return {**together, **self.sampler, "weights": self.weights()}
 
 
 def render(  # noqa: PLR0913 - the options of a command
@@ -63,6 +65,7 @@ def render(  # noqa: PLR0913 - the options of a command
         float | None, typer.Option(help="By hand: default 3; 1 and below is no guidance.", min=0)
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="By hand: what to keep away from.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="By hand: of diffusers, as EulerDiscrete.")] = None,
 ) -> None:
     """Draw every prompt from every seed, with adapters at a weight or at a schedule of weights.
 
@@ -77,6 +80,7 @@ def render(  # noqa: PLR0913 - the options of a command
     from lora_pipeline.adapters.fingerprint import base_fingerprint
     from lora_pipeline.keeping import file_digest
     from lora_pipeline.pretrained.components import load_components
+    from lora_pipeline.pretrained.samplers import sampler_of
     from lora_pipeline.rendering.attachment import acting, attach, check_placeholders
     from lora_pipeline.rendering.picture_set import PictureSet, write_set
 
@@ -85,13 +89,15 @@ def render(  # noqa: PLR0913 - the options of a command
         "negative_prompt": negative_prompt,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value not in (None, [])}
-    if not ((render_set and source and not files and not given) or (prompt and not render_set and not source)):
+    by_set = render_set and source and not files and not given and sampler is None
+    if not (by_set or (prompt and not render_set and not source)):
         raise UsageError("render", "needs either --set and --source, or --prompt", "see lora-pipe render --help")
 
     def recipe() -> Recipe:
         if render_set and source:
             return recipe_of_set(render_set, source)
-        return Recipe(tuple(parse_weighted(files or [])), {**BY_HAND, **given}, ACTING)
+        by_hand = {**SAMPLER, "sampler": sampler}
+        return Recipe(tuple(parse_weighted(files or [])), {**BY_HAND, **given}, ACTING, by_hand)
 
     def settings() -> dict[str, object]:
         return {**recipe().fields, **recipe().told(), **recipe().acting}
@@ -103,6 +109,9 @@ def render(  # noqa: PLR0913 - the options of a command
         fingerprint = base_fingerprint(base)
         attachments = load_attachments(now, fingerprint)
         components = load_components(base)
+        with _located(render_set):
+            own = sampler_of(components.scheduler, now.sampler["sampler"], now.sampler["sampler_options"])
+        components = replace(components, scheduler=own)
         attach(components, attachments)
         prompts = [*pictures.prompts, *pictures.class_prompts, pictures.negative_prompt]
         check_placeholders(components.tokenizer, [each.adapter for each in attachments], prompts)
@@ -131,14 +140,16 @@ def recipe_of_set(name: str, source: Path) -> Recipe:
     """
     section = entry(load_params(PARAMS).renders, "renders", name)
     fields = section.model_dump(mode="json", include={"prompts", "seeds", *BY_HAND})
-    together = {name: getattr(section, name) for name in ACTING}
+    together, sampler = ({name: getattr(section, name) for name in names} for names in (ACTING, SAMPLER))
     weights = section.weights
     if source.is_dir():
-        return Recipe(tuple((source / f"{name}.safetensors", each) for name, each in weights.items()), fields, together)
+        return Recipe(
+            tuple((source / f"{name}.safetensors", each) for name, each in weights.items()), fields, together, sampler
+        )
     if set(weights) != {source.stem}:
         where, problem = f"params.yaml: renders.{name}.weights", f"weighs {', '.join(sorted(weights))}"
         raise ParamsError(where, f"{problem}, and {source} is {source.stem}", f"write {{{source.stem}: 1.0}}")
-    return Recipe(((source, weights[source.stem]),), fields, together)
+    return Recipe(((source, weights[source.stem]),), fields, together, sampler)
 
 
 def load_attachments(recipe: Recipe, base: str) -> list[Attachment]:
@@ -165,7 +176,7 @@ def _located(render_set: str | None) -> Iterator[None]:
     try:
         yield
     except ParamsError as error:
-        if render_set is None or not error.where.startswith(("weights.", "combine")):
+        if render_set is None or not error.where.startswith(("weights.", "combine", "sampler")):
             raise
         raise ParamsError(f"params.yaml: renders.{render_set}.{error.where}", error.problem, error.fix) from None
 

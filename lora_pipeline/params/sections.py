@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from lora_pipeline.errors import ParamsError
 from lora_pipeline.params.faults import suggestion
-from lora_pipeline.params.training import TrainParams
+from lora_pipeline.params.training import Share, TrainParams
 from lora_pipeline.params.values import (
     AtLeastOne,
     Count,
@@ -137,8 +137,11 @@ class RenderParams(Section):
     prompts: Annotated[list[Text], Field(min_length=1)]
     class_prompts: list[Text]
     seeds: Annotated[list[Count], Field(min_length=1)]
+    sampler: Text | None
+    sampler_options: dict[Text, Any]
     steps: AtLeastOne
     guidance_scale: NotNegative
+    guidance_rescale: Share
     negative_prompt: str
     evaluate: EvaluateParams
 

@@ -28,6 +28,7 @@ class PictureSet:
         steps: Denoising steps.
         guidance_scale: At 1 and below there is no guidance.
         negative_prompt: What the pictures are guided away from; may be empty.
+        guidance_rescale: See `sample`.
     """
 
     prompts: Sequence[str]
@@ -36,6 +37,7 @@ class PictureSet:
     steps: int
     guidance_scale: float
     negative_prompt: str
+    guidance_rescale: float = 0.0
 
     @property
     def rows(self) -> tuple[tuple[str, str], ...]:
@@ -68,6 +70,7 @@ def write_set(
     settings: dict[str, Json] = {
         "steps": pictures.steps,
         "guidance_scale": pictures.guidance_scale,
+        "guidance_rescale": pictures.guidance_rescale,
         "negative_prompt": pictures.negative_prompt,
     }
     images = sample(
@@ -76,6 +79,7 @@ def write_set(
         [seed for _, _, seed in cells],
         steps=pictures.steps,
         guidance_scale=pictures.guidance_scale,
+        guidance_rescale=pictures.guidance_rescale,
         negative_prompt=pictures.negative_prompt,
         weighting=weighting,
         batch=pictures_at_once(components),

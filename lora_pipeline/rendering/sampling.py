@@ -33,6 +33,7 @@ _PAIR = ThreadPoolExecutor(2, "guidance", initializer=torch.set_num_threads, ini
 class _Settings:
     steps: int
     guidance_scale: float
+    guidance_rescale: float
     negative_prompt: str
     weighting: Weighting
 
@@ -48,6 +49,7 @@ def sample(  # noqa: PLR0913 - everything that decides a picture
     negative_prompt: str,
     weighting: Weighting | None,
     batch: int,
+    guidance_rescale: float = 0.0,
     advance: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Draws a picture for each prompt and seed, at the base's own size.
@@ -65,6 +67,8 @@ def sample(  # noqa: PLR0913 - everything that decides a picture
         weighting: Which weights adapters have in which step; None leaves them as they are. Prompts are encoded once
             for each of its rows of the text encoders.
         batch: How many pictures are drawn together.
+        guidance_rescale: How far guided predictions are scaled back to the spread they have without guidance, from 0
+            to 1 (Lin et al. 2023, arXiv:2305.08891, section 3.4; they use 0.7).
         advance: Is told how many pictures are done.
 
     Returns:
@@ -76,7 +80,7 @@ def sample(  # noqa: PLR0913 - everything that decides a picture
     most = components.scheduler.config.num_train_timesteps
     if not 1 <= steps <= most:
         raise ParamsError("steps", f"is {steps}", f"use 1 to {most}")
-    settings = _Settings(steps, guidance_scale, negative_prompt, weighting or unweighted(steps))
+    settings = _Settings(steps, guidance_scale, guidance_rescale, negative_prompt, weighting or unweighted(steps))
     states = _encoded(components, {negative_prompt, *prompts}, settings.weighting)
     pictures = [np.empty((0, *_size(components), 3), dtype=np.uint8)]
     for start in range(0, len(prompts), batch):
@@ -160,7 +164,16 @@ class _Asked:
         if scale <= 1:
             return self.denoise(latents, timestep, wanted)
         away, towards = _two_predictions(self.denoise, latents, timestep, self.unwanted[text_row], wanted)
-        return away + scale * (towards - away)
+        guided = away + scale * (towards - away)
+        rescale = self.settings.guidance_rescale
+        return rescaled(guided, towards, rescale) if rescale else guided
+
+
+def rescaled(guided: Tensor, plain: Tensor, share: float) -> Tensor:
+    """Guided predictions (n, ...) whose deviation, each picture's, has come a share of the way to that of the plain."""
+    over = list(range(1, guided.ndim))
+    ratio = plain.std(dim=over, keepdim=True) / guided.std(dim=over, keepdim=True)
+    return guided * (share * ratio + (1.0 - share))
 
 
 def _two_predictions(

@@ -19,7 +19,8 @@ def test_every_prompt_is_drawn_from_every_seed_and_says_how(components: Componen
     ]  # fmt: skip
     for row in rows:
         recipe = read_recipe(tmp_path / "out" / row.pop("file_name"))
-        assert recipe == {"base": "b", "steps": 2, "guidance_scale": 1.0, "negative_prompt": "", **row}
+        settings = {"steps": 2, "guidance_scale": 1.0, "guidance_rescale": 0.0, "negative_prompt": ""}
+        assert recipe == {"base": "b", **settings, **row}
     prompted, classed = (open_picture(tmp_path / "out" / "images" / name) for name in ("0002.png", "0004.png"))
     assert prompted.tobytes() == classed.tobytes()
     assert open_picture(tmp_path / "out" / "sheet.png").height > 3 * 128

@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lora_pipeline.errors import ParamsError
+from lora_pipeline.errors import MissingError, ParamsError
 from lora_pipeline.pretrained.components import SCHEDULERS, Components
+from lora_pipeline.pretrained.samplers import SAMPLERS, sampler_of
 from lora_pipeline.rendering.sampling import initial_latents, picture_generator, sample
 from lora_pipeline.rendering.weighting import Weighting
 
@@ -26,7 +27,9 @@ def parts(components: Components) -> dict[str, Any]:
     return {name: getattr(components, name) for name in ("tokenizer", "text_encoder", "vae", "unet", "scheduler")}
 
 
-def diffusers_draws(components: Components, guidance_scale: float, negative_prompt: str) -> np.ndarray:
+def diffusers_draws(
+    components: Components, guidance_scale: float, negative_prompt: str, rescale: float = 0.0, eta: float = 0.0
+) -> np.ndarray:
     pipeline = StableDiffusionPipeline(
         **parts(components), safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
@@ -37,6 +40,8 @@ def diffusers_draws(components: Components, guidance_scale: float, negative_prom
         generator=[picture_generator(seed, "steps") for seed in SEEDS],
         num_inference_steps=4,
         guidance_scale=guidance_scale,
+        guidance_rescale=rescale,
+        eta=eta,
         negative_prompt=[negative_prompt] * len(PROMPTS),
         output_type="np",
     ).images
@@ -57,6 +62,57 @@ def test_pictures_are_those_of_diffusers(
     ours = drawn(components, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
     assert theirs.std() > 0.01
     np.testing.assert_allclose(ours / 255, theirs, rtol=1e-3, atol=0.51 / 255)  # ours are rounded to bytes
+
+
+OWN = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "steps_offset": 1}
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # in diffusers' set_timesteps
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "DPMSolverSDE"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_every_sampler_draws_on_the_bases_schedule_what_diffusers_draws(
+    components: Components, name: str, rescale: float
+) -> None:
+    base = diffusers.DDIMScheduler(beta_start=0.001, beta_end=0.015, clip_sample=False, **OWN)
+    options = {"use_karras_sigmas": True} if name == "EulerDiscrete" else {}
+    components = replace(components, scheduler=sampler_of(base, name, options))
+    assert components.scheduler.config.beta_end == 0.015
+    assert components.scheduler.config.prediction_type == "v_prediction"
+    eta = 0.3 if name == "TCD" else 0.0  # the class's own, in place of which diffusers' pipeline has 0
+    theirs = diffusers_draws(components, 3.0, "a dog", rescale, eta)
+    ours = drawn(components, guidance_scale=3.0, negative_prompt="a dog", guidance_rescale=rescale)
+    np.testing.assert_allclose(ours / 255, theirs, rtol=1e-3, atol=0.51 / 255)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "where", "said"),
+    [
+        ("Euler", {}, "sampler", "there is no 'Euler'"),
+        ("DDIM", {"karras": True}, "sampler_options", "has no 'karras'"),
+        (None, {"eta": 0.5}, "sampler_options", "DDIMScheduler has no 'eta'"),
+        ("DEISMultistep", {"solver_type": "magic"}, "sampler_options", "refuses them"),
+    ],
+)  # fmt: skip
+def test_a_sampler_that_cannot_be_is_refused(name: str | None, options: dict[str, Any], where: str, said: str) -> None:
+    with pytest.raises(ParamsError, match=said) as refusal:
+        sampler_of(diffusers.DDIMScheduler(), name, options)
+    assert refusal.value.where == where
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("DPMSolverSDEScheduler requires the torchsde library but it was not found")
+
+    monkeypatch.setattr(diffusers.DPMSolverSDEScheduler, "from_config", refuse)
+    with pytest.raises(MissingError, match="needs torchsde") as refusal:
+        sampler_of(diffusers.DDIMScheduler(), "DPMSolverSDE", {})
+    assert refusal.value.fix == "pip install torchsde"
+
+
+def test_without_a_name_the_base_keeps_its_own() -> None:
+    own = diffusers.DDIMScheduler()
+    assert sampler_of(own, None, {}) is own
+    assert sampler_of(own, None, {"timestep_spacing": "trailing"}).config.timestep_spacing == "trailing"
 
 
 def test_the_same_seed_draws_the_same_picture(components: Components) -> None:
